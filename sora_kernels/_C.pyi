@@ -1,0 +1,9 @@
+"""C++ and CUDA kernels. Addresses are ``Tensor.data_ptr()``; 0 is the null pointer."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def openmp_max_threads() -> int: ...
+def openmp_team_size(threads: int) -> int: ...
+def cuda_driver_version() -> int:
+    """Only in a build with CUDA."""

@@ -1,0 +1,208 @@
+"""The compiled extension ``sora_kernels._C``: loaded on first use, and if it cannot be, why and what to do.
+
+*Absent* means that this installation has no extension; *broken* that there is one and it cannot be used.
+Importing this file costs nothing; ``setup.py`` runs it for :func:`source_digest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent
+REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir"
+
+
+class Status(NamedTuple):
+    """State of the extension or of its CUDA part; ``why`` is one sentence with the cure."""
+
+    state: str
+    why: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.state == "ok"
+
+
+def status() -> Status:
+    """``"ok"``, ``"absent"`` or ``"broken"``. The first call imports the extension."""
+    return _load()[0]
+
+
+def module() -> ModuleType:
+    """``sora_kernels._C``.
+
+    Raises:
+        RuntimeError: it is absent or broken; the message is ``status().why``.
+    """
+    state, extension = _load()
+    if extension is None:
+        raise RuntimeError(state.why)
+    return extension
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built from and with; ``{"extension": state, "why": why}`` without one."""
+    state, extension = _load()
+    if extension is None:
+        return {"extension": state.state, "why": state.why}
+    return {"extension": state.state, **extension.build_info()}
+
+
+def cuda_status() -> Status:
+    """State of the CUDA part: also *absent* without a driver, *broken* under a driver that is too old."""
+    state, extension = _load()
+    if extension is None:
+        return state
+    info = extension.build_info()
+    if info["cuda_runtime"] is None:
+        why = f"sora_kernels._C has no CUDA part: {info['cuda_why_not']}"
+        return Status("absent", f"{why}. With nvcc: SORA_BUILD=cuda {_reinstall()}")
+    return driver_status(info["cuda_runtime"], extension.cuda_driver_version())
+
+
+def driver_status(runtime: int, driver: int) -> Status:
+    """Whether a driver can serve the runtime linked into ``_C`` (both 1000 * major + 10 * minor)."""
+    if driver <= 0:
+        return Status("absent", "there is no NVIDIA driver on this machine")
+    if driver // 1000 < runtime // 1000:
+        return Status(
+            "broken",
+            f"the NVIDIA driver supports CUDA {_dotted(driver)}, older than the CUDA {_dotted(runtime)} "
+            f"that sora_kernels._C was built with: update the driver, or build with a CUDA "
+            f"{driver // 1000} toolkit: CUDA_HOME=/path/to/cuda SORA_BUILD=cuda {_reinstall()}",
+        )
+    return Status("ok")
+
+
+def arch_status(capability: tuple[int, int], archs: Iterable[str], ptx: str | None) -> Status:
+    """Whether the CUDA part holds code for a GPU of this compute capability.
+
+    Machine code serves its own major version from its minor up (``90a`` exactly 9.0); PTX every later GPU.
+    """
+    have = list(archs)
+    number = capability[0] * 10 + capability[1]
+    for arch in have:
+        plain = int(arch.rstrip("af"))
+        exact = arch.endswith("a")
+        if plain == number or (not exact and plain // 10 == number // 10 and plain <= number):
+            return Status("ok")
+    if ptx is not None and int(ptx) <= number:
+        return Status("ok")
+    built = ", ".join(f"sm_{arch}" for arch in have)
+    return Status(
+        "broken",
+        f"sora_kernels._C was built for {built}, not for this GPU's sm_{number}: "
+        f"SORA_CUDA_ARCHS={number} {_reinstall()}",
+    )
+
+
+def stale() -> str:
+    """In a source tree: a sentence if ``csrc/`` is not what the extension was built from, else ``""``."""
+    _, extension = _load()
+    root = PACKAGE.parent
+    if extension is None or not (root / "csrc").is_dir():
+        return ""
+    if extension.build_info()["sources"] == source_digest(root):
+        return ""
+    return f"csrc/ has changed since sora_kernels._C was built: {_reinstall()}"
+
+
+def source_digest(root: Path) -> str:
+    """SHA-256 over the names and contents of the C++ and CUDA sources of the extension."""
+    digest = hashlib.sha256()
+    for path in sorted((root / "csrc").rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.suffix in (".cpp", ".cu", ".h", ".cuh") and not name.startswith("csrc/emu/"):
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def num_threads() -> int:
+    """The thread count to pass to the extension: torch's, and 1 in a forked child.
+
+    libgomp hangs when a forked child starts a team after its parent ran one.
+    """
+    import torch
+
+    return 1 if _forked else torch.get_num_threads()
+
+
+@cache
+def _load() -> tuple[Status, ModuleType | None]:
+    if importlib.util.find_spec("sora_kernels._C") is None:
+        return _not_found(), None
+    # torch's OpenMP runtime must be in the process first: two of them fight for the cores.
+    import torch  # noqa: F401
+
+    try:
+        extension = importlib.import_module("sora_kernels._C")
+    except Exception as error:  # a broken binary may raise anything
+        what = f"sora_kernels._C is there but does not load ({type(error).__name__}: {error})"
+        return Status("broken", f"{what}. Build it for this machine: {_reinstall()}"), None
+    return Status("ok"), extension
+
+
+def _not_found() -> Status:
+    others = sorted(p.name for p in PACKAGE.glob("_C.*") if p.suffix in (".so", ".pyd"))
+    if others:
+        suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+        return Status(
+            "broken",
+            f"sora_kernels._C was built for another Python: found {', '.join(others)}, "
+            f"Python {sys.version.split()[0]} loads _C{suffix}. Build it again: {_reinstall()}",
+        )
+    if installed := _shadowed():
+        return Status(
+            "absent",
+            f"the source tree {PACKAGE.parent}, which has no compiled extension, hides the installed "
+            f"package {installed}: start Python elsewhere, or install the tree: pip install -e .",
+        )
+    return Status(
+        "absent",
+        "sora_kernels was installed without its compiled extension (SORA_BUILD=none, or no C++ compiler). "
+        f"With a compiler: SORA_BUILD=cpu {_reinstall()}",
+    )
+
+
+def _shadowed() -> Path | None:
+    """Folder of an installed ``sora_kernels`` that has an extension, other than the one imported."""
+    for distribution in metadata.distributions(name="sora_kernels"):
+        folder = Path(str(distribution.locate_file("sora_kernels"))).resolve()
+        if folder != PACKAGE and any(
+            (folder / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES
+        ):
+            return folder
+    return None
+
+
+def _reinstall() -> str:
+    tree = (PACKAGE.parent / "setup.py").is_file()
+    return "pip install -e ." if tree else f"{REBUILD} sora_kernels"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
