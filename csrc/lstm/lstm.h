@@ -109,6 +109,7 @@ int lstm_cell_backward_cpu(DType dtype, const LstmCellBackward& args);
 #ifdef SORA_WITH_CUDA
 int lstm_cell_forward_cuda(DType dtype, const LstmCellForward& args, int device, void* stream);
 int lstm_cell_backward_cuda(DType dtype, const LstmCellBackward& args, int device, void* stream);
+const char* lstm_cuda_error(int code);
 #endif
 
 }  // namespace sora

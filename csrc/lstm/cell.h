@@ -1,0 +1,44 @@
+// The LSTM cell, forward and backward: the one place where its formulas stand. Included by the CPU kernels (V = a
+// vector of hidden units) and by the CUDA kernel (V = float or double), so that what the CPU tests check is what the
+// GPU runs.
+#pragma once
+
+#include "../common/activations.h"
+
+namespace sora {
+
+template <class V>
+struct LstmGates {
+  V i, f, g, o;
+};
+
+// gates: before -> after activation. Returns c; h through `h`.
+template <class V>
+SORA_HOST_DEVICE V lstm_cell(LstmGates<V>& gates, V c_prev, V& h) {
+  gates.i = sigmoid(gates.i);
+  gates.f = sigmoid(gates.f);
+  gates.g = tanh(gates.g);
+  gates.o = sigmoid(gates.o);
+  const V c = gates.f * c_prev + gates.i * gates.g;
+  h = gates.o * tanh(c);
+  return c;
+}
+
+// gates: after activation. dh: dL/dh(t), whole. dc: dL/dc(t) by every way but h(t) -> dL/dc(t-1).
+// Returns the gradient of the gates before activation. tanh(c) is computed again: cheaper than to store it.
+template <class V>
+SORA_HOST_DEVICE LstmGates<V> lstm_cell_backward(const LstmGates<V>& gates, V c_prev, V c, V dh, V& dc) {
+  using Scalar = typename Lanes<V>::Scalar;
+  const Scalar one(1);
+  const V tanh_c = tanh(c);
+  const V dc_total = dc + dh * gates.o * (one - tanh_c * tanh_c);
+  LstmGates<V> d;
+  d.i = dc_total * gates.g * gates.i * (one - gates.i);
+  d.f = dc_total * c_prev * gates.f * (one - gates.f);
+  d.g = dc_total * gates.i * (one - gates.g * gates.g);
+  d.o = dh * tanh_c * gates.o * (one - gates.o);
+  dc = dc_total * gates.f;
+  return d;
+}
+
+}  // namespace sora
