@@ -1,7 +1,7 @@
-"""The compiled extension ``sora_kernels._C``: loaded on first use, and if it cannot be, why and what to do.
+"""The compiled extension ``sora_kernels._C``: loaded on first use; if it cannot be, why and the cure.
 
-*Absent* means that this installation has no extension; *broken* that there is one and it cannot be used.
-Importing this file costs nothing; ``setup.py`` runs it for :func:`source_digest`.
+*Absent*: this installation has no extension. *Broken*: there is one, and it cannot be used.
+Importing this file loads nothing; ``setup.py`` runs it for :func:`source_digest`.
 """
 
 from __future__ import annotations
@@ -52,15 +52,26 @@ def module() -> ModuleType:
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension was built from and with; ``{"extension": state, "why": why}`` without one."""
+    """What the extension was built from and with.
+
+    Returns:
+        ``extension`` (the state) and, if it is ``"ok"``: ``version``, ``mode`` (SORA_BUILD), ``commit``,
+        ``sources`` (:func:`source_digest`), ``python``, ``pybind11``, ``cxx``, ``openmp`` (its date,
+        or None), ``nvcc``, ``cuda_archs``, ``cuda_ptx``, ``cuda_runtime`` (None without a CUDA part),
+        ``cuda_why_not``; otherwise ``why``.
+    """
     state, extension = _load()
     if extension is None:
         return {"extension": state.state, "why": state.why}
     return {"extension": state.state, **extension.build_info()}
 
 
-def cuda_status() -> Status:
-    """State of the CUDA part: also *absent* without a driver, *broken* under a driver that is too old."""
+def cuda_status(capability: tuple[int, int] | None = None) -> Status:
+    """State of the CUDA part: *absent* also without a driver, *broken* also under one too old for it.
+
+    Args:
+        capability: of a GPU, such as ``(9, 0)``: *broken* too where there is no code for it.
+    """
     state, extension = _load()
     if extension is None:
         return state
@@ -68,19 +79,25 @@ def cuda_status() -> Status:
     if info["cuda_runtime"] is None:
         why = f"sora_kernels._C has no CUDA part: {info['cuda_why_not']}"
         return Status("absent", f"{why}. With nvcc: SORA_BUILD=cuda {_reinstall()}")
-    return driver_status(info["cuda_runtime"], extension.cuda_driver_version())
+    runtime, driver = info["cuda_runtime"], extension.cuda_driver_version()
+    served = driver_status(runtime, driver)
+    if not served.ok or capability is None:
+        return served
+    # A driver of the same major serves a newer runtime, but does not compile its PTX.
+    ptx = info["cuda_ptx"] if driver // 10 >= runtime // 10 else None
+    return arch_status(capability, info["cuda_archs"], ptx)
 
 
 def driver_status(runtime: int, driver: int) -> Status:
-    """Whether a driver can serve the runtime linked into ``_C`` (both 1000 * major + 10 * minor)."""
+    """Whether a driver serves the runtime linked into ``_C`` (both 1000 * major + 10 * minor)."""
     if driver <= 0:
         return Status("absent", "there is no NVIDIA driver on this machine")
     if driver // 1000 < runtime // 1000:
         return Status(
             "broken",
-            f"the NVIDIA driver supports CUDA {_dotted(driver)}, older than the CUDA {_dotted(runtime)} "
-            f"that sora_kernels._C was built with: update the driver, or build with a CUDA "
-            f"{driver // 1000} toolkit: CUDA_HOME=/path/to/cuda SORA_BUILD=cuda {_reinstall()}",
+            f"the NVIDIA driver supports CUDA {dotted(driver)}, older than the CUDA "
+            f"{dotted(runtime)} that sora_kernels._C was built with: update the driver, or build with "
+            f"a CUDA {driver // 1000} toolkit: CUDA_HOME=/path/to/cuda SORA_BUILD=cuda {_reinstall()}",
         )
     return Status("ok")
 
@@ -88,7 +105,8 @@ def driver_status(runtime: int, driver: int) -> Status:
 def arch_status(capability: tuple[int, int], archs: Iterable[str], ptx: str | None) -> Status:
     """Whether the CUDA part holds code for a GPU of this compute capability.
 
-    Machine code serves its own major version from its minor up (``90a`` exactly 9.0); PTX every later GPU.
+    Machine code serves its own major version from its minor up (``90a`` exactly 9.0, ``100f`` its
+    family), PTX every later GPU.
     """
     have = list(archs)
     number = capability[0] * 10 + capability[1]
@@ -108,7 +126,7 @@ def arch_status(capability: tuple[int, int], archs: Iterable[str], ptx: str | No
 
 
 def stale() -> str:
-    """In a source tree: a sentence if ``csrc/`` is not what the extension was built from, else ``""``."""
+    """In a source tree whose ``csrc/`` is not what the extension was built from, a sentence."""
     _, extension = _load()
     root = PACKAGE.parent
     if extension is None or not (root / "csrc").is_dir():
@@ -178,18 +196,18 @@ def _not_found() -> Status:
     if installed := _shadowed():
         return Status(
             "absent",
-            f"the source tree {PACKAGE.parent}, which has no compiled extension, hides the installed "
-            f"package {installed}: start Python elsewhere, or install the tree: pip install -e .",
+            f"the source tree {PACKAGE.parent}, which has no compiled extension, hides the "
+            f"installed {installed}: start Python elsewhere, or install the tree: pip install -e .",
         )
     return Status(
         "absent",
-        "sora_kernels was installed without its compiled extension (SORA_BUILD=none, or no C++ compiler). "
-        f"With a compiler: SORA_BUILD=cpu {_reinstall()}",
+        "sora_kernels was installed without its compiled extension (SORA_BUILD=none, or no C++ "
+        f"compiler). With a compiler: SORA_BUILD=cpu {_reinstall()}",
     )
 
 
 def _shadowed() -> Path | None:
-    """Folder of an installed ``sora_kernels`` that has an extension, other than the one imported."""
+    """Folder of another, installed ``sora_kernels`` that has an extension."""
     for distribution in metadata.distributions(name="sora_kernels"):
         folder = Path(str(distribution.locate_file("sora_kernels"))).resolve()
         if folder != PACKAGE and any(
@@ -204,5 +222,5 @@ def _reinstall() -> str:
     return "pip install -e ." if tree else f"{REBUILD} sora_kernels"
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
