@@ -1,4 +1,4 @@
-"""The compiled extension ``sora_kernels._C``: loaded on first use; if it cannot be, why and the cure.
+"""The compiled extension ``sora_kernels._C``: loaded on first use, or why it cannot be.
 
 *Absent*: this installation has no extension. *Broken*: there is one, and it cannot be used.
 Importing this file loads nothing; ``setup.py`` runs it for :func:`source_digest`.
@@ -55,10 +55,10 @@ def build_info() -> dict[str, Any]:
     """What the extension was built from and with.
 
     Returns:
-        ``extension`` (the state) and, if it is ``"ok"``: ``version``, ``mode`` (SORA_BUILD), ``commit``,
-        ``sources`` (:func:`source_digest`), ``python``, ``pybind11``, ``cxx``, ``openmp`` (its date,
-        or None), ``nvcc``, ``cuda_archs``, ``cuda_ptx``, ``cuda_runtime`` (None without a CUDA part),
-        ``cuda_why_not``; otherwise ``why``.
+        ``extension`` (the state) and, if it is ``"ok"``: ``version``, ``mode`` (SORA_BUILD),
+        ``commit``, ``sources`` (:func:`source_digest`), ``python``, ``pybind11``, ``cxx``, ``openmp``
+        (its date, or None), ``nvcc``, ``cuda_archs``, ``cuda_ptx``, ``cuda_runtime`` (None without a
+        CUDA part), ``cuda_why_not``; otherwise ``why``.
     """
     state, extension = _load()
     if extension is None:
@@ -67,7 +67,7 @@ def build_info() -> dict[str, Any]:
 
 
 def cuda_status(capability: tuple[int, int] | None = None) -> Status:
-    """State of the CUDA part: *absent* also without a driver, *broken* also under one too old for it.
+    """State of the CUDA part: *absent* without a driver too, *broken* under one too old for it.
 
     Args:
         capability: of a GPU, such as ``(9, 0)``: *broken* too where there is no code for it.
@@ -105,8 +105,8 @@ def driver_status(runtime: int, driver: int) -> Status:
 def arch_status(capability: tuple[int, int], archs: Iterable[str], ptx: str | None) -> Status:
     """Whether the CUDA part holds code for a GPU of this compute capability.
 
-    Machine code serves its own major version from its minor up (``90a`` exactly 9.0, ``100f`` its
-    family), PTX every later GPU.
+    Machine code serves its own major version from its minor up (``90a`` exactly 9.0), PTX every
+    later GPU.
     """
     have = list(archs)
     number = capability[0] * 10 + capability[1]

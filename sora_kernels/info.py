@@ -1,6 +1,6 @@
 """What this installation is and can do: ``python -m sora_kernels.info [--json]``.
 
-The report to put into an issue. Every probe is guarded: a broken driver or extension becomes a line, not a crash.
+The report to put into an issue. A broken driver or extension becomes a line of it, not a crash.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata, resources
 from typing import Any
 
@@ -96,23 +97,20 @@ def _versions() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     import torch
 
-    report = {
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads in torch"
-    }
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    report = {"cpu": f"{isa}, {threads} threads in torch"}
     if torch.version.cuda is None:
         report["gpu"] = "none: this torch was built without CUDA"
     elif not torch.cuda.is_available():
         report["gpu"] = f"none that torch (CUDA {torch.version.cuda}) can use"
     else:
-        state, extension = _native.cuda_status(), build_info()
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            text = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
-            if state.ok:
-                archs, ptx = extension["cuda_archs"], extension["cuda_ptx"]
-                code = _native.arch_status((device.major, device.minor), archs, ptx)
-                text += f"; {code.why}" if code.why else "; served by the extension"
-            report[f"cuda:{index}"] = text
+            memory = f"{device.total_memory / 2**30:.0f} GiB"
+            served = _said(_native.cuda_status((device.major, device.minor)))
+            report[f"cuda:{index}"] = (
+                f"{device.name}, sm_{device.major}{device.minor}, {memory}; CUDA part: {served}"
+            )
     return report
 
 
@@ -159,9 +157,8 @@ def _backends() -> dict[str, str]:
             if name not in SAMPLES:
                 report[where] = ", ".join(operator.backends)
                 continue
-            report[where] = "\n".join(
-                _guard(lambda o=operator, d=device: _explained(o, d)).values()
-            )
+            lines = _guard(partial(_explained, operator, device))
+            report[where] = "\n".join(lines.values())
     return report
 
 
@@ -212,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for section, items in report.items():
         print(section)
-        width = max(len(item) for item in items)
+        width = max(map(len, items), default=0)
         for item, text in items.items():
             first, *rest = text.splitlines() or [""]
             print(f"  {item:<{width}}  {first}")
