@@ -56,9 +56,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``extension`` (the state) and, if it is ``"ok"``: ``version``, ``mode`` (SORA_BUILD),
-        ``commit``, ``sources`` (:func:`source_digest`), ``python``, ``pybind11``, ``cxx``, ``openmp``
-        (its date, or None), ``nvcc``, ``cuda_archs``, ``cuda_ptx``, ``cuda_runtime`` (None without a
-        CUDA part), ``cuda_why_not``; otherwise ``why``.
+        ``commit``, ``sources`` (:func:`source_digest`), ``python``, ``pybind11``, ``cxx``,
+        ``openmp`` (its date, or None), ``nvcc``, ``cuda_archs``, ``cuda_ptx``, ``cuda_runtime``
+        (None without a CUDA part), ``cuda_why_not``; otherwise ``why``.
     """
     state, extension = _load()
     if extension is None:
@@ -96,8 +96,9 @@ def driver_status(runtime: int, driver: int) -> Status:
         return Status(
             "broken",
             f"the NVIDIA driver supports CUDA {dotted(driver)}, older than the CUDA "
-            f"{dotted(runtime)} that sora_kernels._C was built with: update the driver, or build with "
-            f"a CUDA {driver // 1000} toolkit: CUDA_HOME=/path/to/cuda SORA_BUILD=cuda {_reinstall()}",
+            f"{dotted(runtime)} that sora_kernels._C was built with: update the driver, or build "
+            f"with a CUDA {driver // 1000} toolkit: "
+            f"CUDA_HOME=/path/to/cuda SORA_BUILD=cuda {_reinstall()}",
         )
     return Status("ok")
 
