@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ __all__ = [
     "ShiftedWindowAttention3d",
 ]
 
-Ints = int | tuple[int, ...]
+Ints = int | tuple[int, int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Level = int | tuple[int | None, int | None, int | None]
 
 _ACTIVATIONS: dict[str | None, Callable[..., Tensor]] = {
@@ -71,7 +73,7 @@ class ConvBNAct3d(nn.Module):
         dilation: Ints = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
@@ -114,7 +116,7 @@ class ConvAct3d(nn.Module):
         dilation: Ints = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
@@ -156,7 +158,7 @@ class ConvTransposeBNAct3d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         dilation: Ints = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
@@ -234,12 +236,12 @@ class PyramidPool3d(nn.Module):
         return [m.movedim(1, -1) for m in maps] if self.data_format == "NDHWC" else maps
 
     def _pool(self, x: Tensor, level: tuple[int | None, int | None, int | None]) -> Tensor:
-        bins = [n if o is None else o for n, o in zip(x.shape[2:], level, strict=True)]
+        t, h, w = (n if o is None else o for n, o in zip(x.shape[2:], level, strict=True))
         parts = []
         if self.mode != "avg":
-            parts.append(F.adaptive_max_pool3d(x, bins))
+            parts.append(F.adaptive_max_pool3d(x, (t, h, w)))
         if self.mode != "max":
-            parts.append(F.adaptive_avg_pool3d(x, bins))
+            parts.append(F.adaptive_avg_pool3d(x, (t, h, w)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,129 @@
+"""The demo's picture: for each clip sampled frames, and below them the features over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_models.data import iter_frames, probe
+
+STRIP = 8
+_THUMB_HEIGHT = 180
+_PAPER, _INK, _SOFT = "#0d1117", "#e6edf3", "#8b949e"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One clip: its name, a line about it, thumbnails and features [T, channels]."""
+
+    title: str
+    note: str
+    thumbnails: list[Tensor]
+    features: Tensor
+    seconds_per_frame: float | None
+
+
+def thumbnails(path: str | Path, frames: int, stride: int) -> list[Tensor]:
+    """Frames from the middles of equal parts of the first ``frames`` * ``stride``, uint8 RGB."""
+    info = probe(path)
+    count = min(STRIP, frames)
+    wanted = [(2 * k + 1) * frames // (2 * count) for k in range(count)]
+    size = (_THUMB_HEIGHT, max(1, round(_THUMB_HEIGHT * info.width / info.height)))
+    pictures = enumerate(iter_frames(path, frames=wanted[-1] + 1, size=size, stride=stride))
+    return [picture for index, picture in pictures if index in wanted]
+
+
+def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None:
+    """Writes a PNG. Raises ImportError where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'sora_kernels[models]'") from error
+
+    width, left, right = 12.0, 0.85, 0.95
+    span = width - left - right
+    strips = [_strip_height(panel, span) for panel in panels]
+    head, heat, gap, foot = 1.05, 1.75, 0.95, 0.1
+    height = head + sum(strip + heat + gap for strip in strips) + foot
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+
+    def axes(x: float, y: float, w: float, h: float) -> Any:
+        """Axes by inches from the top left."""
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    def text(x: float, y: float, words: str, **style: Any) -> None:
+        figure.text(x / width, 1 - y / height, words, va="baseline", **style)
+
+    text(left, 0.42, title, color=_INK, fontsize=17, fontweight="bold")
+    y = head
+    for panel, strip in zip(panels, strips, strict=True):
+        text(left, y - 0.12, panel.title, color=_INK, fontsize=12.5, fontweight="bold")
+        text(left + span, y - 0.12, panel.note, color=_SOFT, fontsize=9.5, ha="right")
+        _draw_strip(axes(left, y, span, strip), panel)
+        heat_axes = axes(left, y + strip + 0.05, span, heat)
+        image = _draw_heat(heat_axes, panel)
+        scale = figure.colorbar(image, cax=axes(left + span + 0.14, y + strip + 0.05, 0.12, heat))
+        _style(scale.ax)
+        scale.set_ticks([-2, 0, 2], labels=["low", "median", "high"])
+        y += strip + heat + gap
+    text(left, height - 0.22, footnote, color=_SOFT, fontsize=8.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor=_PAPER)
+
+
+def _strip_height(panel: Panel, span: float) -> float:
+    high, wide = panel.thumbnails[0].shape[:2]
+    return min(2.4, span / len(panel.thumbnails) * high / wide)
+
+
+def _draw_strip(axes: Any, panel: Panel) -> None:
+    edge = torch.full((_THUMB_HEIGHT, 4, 3), 0, dtype=torch.uint8)
+    edge[:] = torch.tensor([int(_PAPER[i : i + 2], 16) for i in (1, 3, 5)], dtype=torch.uint8)
+    parts = [part for picture in panel.thumbnails for part in (picture, edge)][:-1]
+    axes.imshow(torch.cat(parts, 1).numpy(), aspect="auto", interpolation="lanczos")
+    axes.set_axis_off()
+
+
+def _draw_heat(axes: Any, panel: Panel) -> Any:
+    """Features in units of their own spread, ordered by the moment about which they are high.
+
+    Quantiles set the units, so that the start-up from a zero state does not drown the rest.
+    """
+    features = panel.features.float()
+    low, middle, high = features.quantile(torch.tensor([0.1, 0.5, 0.9]), 0, keepdim=True)
+    features = (features - middle) / (high - low).clamp_min(1e-12) * 2
+    steps = torch.arange(len(features), dtype=features.dtype)
+    weights = features.clamp(0, 2).square()
+    centre = (weights * steps[:, None]).sum(0) / weights.sum(0).clamp_min(1e-12)
+    ordered = features[:, centre.argsort(stable=True)].T
+    unit = panel.seconds_per_frame or 1.0
+    image = axes.imshow(
+        ordered.numpy(),
+        aspect="auto",
+        cmap="magma",
+        vmin=-2,
+        vmax=2,
+        interpolation="nearest",
+        extent=(0, len(features) * unit, features.shape[1], 0),
+    )
+    axes.set_xlabel("time, s" if panel.seconds_per_frame else "frame", fontsize=9.5)
+    axes.set_ylabel("feature", fontsize=9.5)
+    axes.set_yticks([])
+    _style(axes)
+    return image
+
+
+def _style(axes: Any) -> None:
+    axes.set_facecolor(_PAPER)
+    axes.tick_params(colors=_SOFT, labelsize=8.5, length=3)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(_SOFT)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
