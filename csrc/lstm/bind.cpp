@@ -53,7 +53,7 @@ void init_lstm(py::module_& m) {
   m.def(
       "lstm_cell_forward",
       [](int dtype, int64_t B, int64_t H, Address gates, Address c_prev, int64_t c_prev_stride, Address c,
-         int64_t c_stride, Address h, int64_t h_stride, int device, Address stream) {
+         int64_t c_stride, Address h, int64_t h_stride, int device, [[maybe_unused]] Address stream) {
         const LstmCellForward args{B,      H,        ptr(gates), ptr(c_prev), c_prev_stride,
                                    ptr(c), c_stride, ptr(h),     h_stride};
         const auto type = static_cast<DType>(dtype);
@@ -71,7 +71,7 @@ void init_lstm(py::module_& m) {
       "lstm_cell_backward",
       [](int dtype, int64_t B, int64_t H, Address gates, Address c_prev, int64_t c_prev_stride, Address c,
          int64_t c_stride, Address dy, int64_t dy_stride, Address dcell, int64_t dcell_stride, Address dh, Address dc,
-         Address dgates, int device, Address stream) {
+         Address dgates, int device, [[maybe_unused]] Address stream) {
         const LstmCellBackward args{B,         H,          ptr(gates),   ptr(c_prev), c_prev_stride,
                                     ptr(c),    c_stride,   ptr(dy),      dy_stride,   ptr(dcell),
                                     dcell_stride, ptr(dh), ptr(dc),      ptr(dgates)};

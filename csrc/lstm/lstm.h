@@ -41,8 +41,8 @@ struct LstmForward {
   // the backward pass needs; a caller that does not want them passes its buffer all the same and drops it.
   void* gates;
   const void* w_hh[2];  // D arrays [4H, H] element
-  const void* h0;       // [D, B, H] element
-  const void* c0;       // [D, B, H] element
+  const void* h0;       // [D, B, H] element, or null for zero
+  const void* c0;       // [D, B, H] element, or null for zero
   void* y;              // [T, B, D*H] element: h(t), directions side by side
   void* cells;          // [T, B, D*H] state: c(t); null when not wanted
   void* h_n;            // [D, B, H] element
@@ -56,7 +56,7 @@ struct LstmBackward {
   const void* gates;    // [D, T, B, 4H] element, as left by the forward pass
   const void* cells;    // [T, B, D*H] state, as left by the forward pass
   const void* w_hh[2];  // D arrays [4H, H] element
-  const void* c0;       // [D, B, H] element
+  const void* c0;       // [D, B, H] element, or null for zero
   const void* dy;       // [T, B, D*H] element, or null for zero
   const void* dcells;   // [T, B, D*H] state, or null for zero
   const void* dh_n;     // [D, B, H] element, or null for zero
@@ -78,7 +78,7 @@ const char* lstm_cpu_isa();
 struct LstmCellForward {
   int64_t B, H;
   void* gates;           // [B, 4H] element, in-out: before -> after activation
-  const void* c_prev;    // [B, H] state, row stride c_prev_stride
+  const void* c_prev;    // [B, H] state, row stride c_prev_stride, or null for zero
   int64_t c_prev_stride;
   void* c;               // [B, H] state, row stride c_stride; may be c_prev
   int64_t c_stride;
@@ -89,7 +89,7 @@ struct LstmCellForward {
 struct LstmCellBackward {
   int64_t B, H;
   const void* gates;     // [B, 4H] element, after activation
-  const void* c_prev;    // [B, H] state, row stride c_prev_stride
+  const void* c_prev;    // [B, H] state, row stride c_prev_stride, or null for zero
   int64_t c_prev_stride;
   const void* c;         // [B, H] state, row stride c_stride
   int64_t c_stride;

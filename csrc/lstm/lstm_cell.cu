@@ -24,16 +24,22 @@ struct StateOf<double> {
   using type = double;
 };
 
+// A 64-bit division costs as much as the cell; almost every size fits 32 bits.
+__device__ __forceinline__ int64_t row_of(int64_t at, int64_t H, int64_t count) {
+  return count <= UINT32_MAX ? int64_t(uint32_t(at) / uint32_t(H)) : at / H;
+}
+
 template <class Element>
 __global__ void __launch_bounds__(kThreads) lstm_cell_fwd_kernel(LstmCellForward a) {
   using State = typename StateOf<Element>::type;
   const int64_t count = a.B * a.H, step = int64_t(gridDim.x) * kThreads;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < count; at += step) {
-    const int64_t b = at / a.H, j = at % a.H;
+    const int64_t b = row_of(at, a.H, count), j = at - b * a.H;
     Element* row = static_cast<Element*>(a.gates) + b * 4 * a.H + j;
     LstmGates<State> gate{State(row[0]), State(row[a.H]), State(row[2 * a.H]), State(row[3 * a.H])};
     State h;
-    const State c = lstm_cell(gate, static_cast<const State*>(a.c_prev)[b * a.c_prev_stride + j], h);
+    const State c_prev = a.c_prev ? static_cast<const State*>(a.c_prev)[b * a.c_prev_stride + j] : State(0);
+    const State c = lstm_cell(gate, c_prev, h);
     row[0] = Element(gate.i);
     row[a.H] = Element(gate.f);
     row[2 * a.H] = Element(gate.g);
@@ -48,10 +54,10 @@ __global__ void __launch_bounds__(kThreads) lstm_cell_bwd_kernel(LstmCellBackwar
   using State = typename StateOf<Element>::type;
   const int64_t count = a.B * a.H, step = int64_t(gridDim.x) * kThreads;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < count; at += step) {
-    const int64_t b = at / a.H, j = at % a.H;
+    const int64_t b = row_of(at, a.H, count), j = at - b * a.H;
     const Element* row = static_cast<const Element*>(a.gates) + b * 4 * a.H + j;
     const LstmGates<State> gate{State(row[0]), State(row[a.H]), State(row[2 * a.H]), State(row[3 * a.H])};
-    const State c_prev = static_cast<const State*>(a.c_prev)[b * a.c_prev_stride + j];
+    const State c_prev = a.c_prev ? static_cast<const State*>(a.c_prev)[b * a.c_prev_stride + j] : State(0);
     const State c = static_cast<const State*>(a.c)[b * a.c_stride + j];
     State dh(0), dc = static_cast<State*>(a.dc)[at];
     if (a.dy) dh += State(static_cast<const Element*>(a.dy)[b * a.dy_stride + j]);

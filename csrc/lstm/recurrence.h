@@ -200,7 +200,7 @@ struct Recurrence {
     Element* dgates = static_cast<Element*>(a.dgates) + (d * a.T + t) * a.B * 4 * H;
     const State* cells = static_cast<const State*>(a.cells) + t * a.B * wide + d * H;
     const State* cells_earlier = static_cast<const State*>(a.cells) + earlier * a.B * wide + d * H;
-    const Element* c0 = static_cast<const Element*>(a.c0) + d * a.B * H;
+    const Element* c0 = a.c0 ? static_cast<const Element*>(a.c0) + d * a.B * H : nullptr;
     const Element* dy = a.dy ? static_cast<const Element*>(a.dy) + t * a.B * wide + d * H : nullptr;
     const State* dcells = a.dcells ? static_cast<const State*>(a.dcells) + t * a.B * wide + d * H : nullptr;
     for (int64_t b = part.rows.begin; b < part.rows.end; ++b)
@@ -209,7 +209,9 @@ struct Recurrence {
         const LstmGates<V> gate{load_n<Element>(gates + at_gates, n), load_n<Element>(gates + at_gates + H, n),
                                 load_n<Element>(gates + at_gates + 2 * H, n),
                                 load_n<Element>(gates + at_gates + 3 * H, n)};
-        const V c_prev = first_step ? load_n<Element>(c0 + at, n) : load_n<State>(cells_earlier + at_wide, n);
+        const V c_prev = !first_step ? load_n<State>(cells_earlier + at_wide, n)
+                         : c0        ? load_n<Element>(c0 + at, n)
+                                     : V{};
         const V c = load_n<State>(cells + at_wide, n);
         V dh = load_n<State>(dh_state + at, n), dc = load_n<State>(dc_state + at, n);
         if (dy) dh += load_n<Element>(dy + at_wide, n);
@@ -260,8 +262,9 @@ struct Recurrence {
         Element* row = static_cast<Element*>(a.gates) + b * 4 * H + j;
         LstmGates<V> gate{load_n<Element>(row, n), load_n<Element>(row + H, n), load_n<Element>(row + 2 * H, n),
                           load_n<Element>(row + 3 * H, n)};
-        V h;
-        const V c = lstm_cell(gate, load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n), h);
+        V h, c_prev{};
+        if (a.c_prev) c_prev = load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n);
+        const V c = lstm_cell(gate, c_prev, h);
         store_n<Element>(row, n, gate.i);
         store_n<Element>(row + H, n, gate.f);
         store_n<Element>(row + 2 * H, n, gate.g);
@@ -280,7 +283,8 @@ struct Recurrence {
         const Element* row = static_cast<const Element*>(a.gates) + b * 4 * H + j;
         const LstmGates<V> gate{load_n<Element>(row, n), load_n<Element>(row + H, n), load_n<Element>(row + 2 * H, n),
                                 load_n<Element>(row + 3 * H, n)};
-        const V c_prev = load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n);
+        V c_prev{};
+        if (a.c_prev) c_prev = load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n);
         const V c = load_n<State>(static_cast<const State*>(a.c) + b * a.c_stride + j, n);
         V dh{};
         if (a.dy) dh += load_n<Element>(static_cast<const Element*>(a.dy) + b * a.dy_stride + j, n);
