@@ -1,0 +1,21 @@
+"""sora_kernels: custom kernels for video models in PyTorch, forward and backward.
+
+Importing touches no device, loads no extension and no Triton: kernels are imported by their first call.
+"""
+
+from __future__ import annotations
+
+from . import nn
+from ._dispatch import BackendError, explain
+from ._native import build_info
+from ._version import __version__
+from .ops import conv3d_bn_act
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "build_info",
+    "conv3d_bn_act",
+    "explain",
+    "nn",
+]

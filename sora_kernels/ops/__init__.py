@@ -1,0 +1,5 @@
+"""One folder an operator; importing this package registers them."""
+
+from .conv3d_bn_act import conv3d_bn_act
+
+__all__ = ["conv3d_bn_act"]

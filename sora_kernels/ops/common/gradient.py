@@ -1,0 +1,148 @@
+"""Autograd around a pair of registered ops: the one road from every public function to its kernels.
+
+A plain ``autograd.Function`` outside the op is the cheapest boundary, but left to itself it is silently
+wrong under functorch. Three rules mend that:
+
+1. While a ``torch.func`` transform is active, or an input is a forward-mode dual tensor, the call runs the
+   reference: vmap, grad, jvp and their compositions are right by construction.
+2. Under ``torch.compile`` nothing of this is looked at: Dynamo traces the Function, or inlines the op.
+3. The backward op has a Function of its own, whose backward is autograd of the reference: gradients of any
+   order exist, and the first order always comes from the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Tensors = Sequence[Tensor | None]
+
+
+class Pair(NamedTuple):
+    """What an operator supplies. ``flags`` is the tuple of its non-tensor arguments.
+
+    Attributes:
+        forward: ``(tensors, flags, tapes, backend) -> outputs + tapes`` through the registered op;
+            ``tapes=False`` says that no backward will come.
+        save: ``(tensors, results, flags) -> saved``. The first ``len(tensors)`` entries stand for the inputs
+            (``None`` where backward needs no value), the rest are tapes.
+        backward: ``(grads, saved, needs, flags, backend) -> one gradient an input`` (anything where not
+            needed) through the registered op. ``grads`` holds ``None`` for outputs nobody used.
+        reference: ``(tensors, flags) -> outputs``, differentiable plain torch.
+        recompute: ``(saved, flags) -> outputs`` for second derivatives: the reference again, as a function
+            of the saved inputs alone.
+        num_outputs: how many of forward's results are the caller's; the rest are tapes.
+    """
+
+    forward: Callable[[Tensors, tuple, bool, str], Tensors]
+    save: Callable[[Tensors, Tensors, tuple], Tensors]
+    backward: Callable[[Tensors, Tensors, Sequence[bool], tuple, str], Tensors]
+    reference: Callable[[Tensors, tuple], Tensors]
+    recompute: Callable[[Tensors, tuple], Tensors]
+    num_outputs: int
+
+
+def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
+    """``call(tensors, flags, backend) -> outputs``: the op with gradients, by the rules above."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, flags, backend, needs, num_grads, *tensors):
+            ctx.flags, ctx.needs, ctx.num_grads = flags, needs, num_grads
+            ctx.save_for_backward(*tensors)
+            ctx.set_materialize_grads(False)
+            found = pair.backward(tensors[:num_grads], tensors[num_grads:], needs, flags, backend)
+            return tuple(g if n else None for g, n in zip(found, needs, strict=True))
+
+        @staticmethod
+        def backward(ctx, *seconds):
+            third = torch.is_grad_enabled()
+            with torch.enable_grad():
+                # Aliases cut the graph here: an input computed from another one is not followed.
+                tensors = [
+                    t.view_as(t) if t is not None and t.requires_grad else t
+                    for t in ctx.saved_tensors
+                ]
+                grads, saved = tensors[: ctx.num_grads], tensors[ctx.num_grads :]
+                pairs = [
+                    (out, g)
+                    for out, g in zip(pair.recompute(saved, ctx.flags), grads, strict=True)
+                    if g is not None and out.requires_grad
+                ]
+                wanted = [
+                    (saved[i], seconds[i])
+                    for i, need in enumerate(ctx.needs)
+                    if need and seconds[i] is not None
+                ]
+                first = torch.autograd.grad(
+                    [out for out, _ in pairs],
+                    [t for t, _ in wanted],
+                    [g for _, g in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+                linked = [
+                    (f, s)
+                    for f, (_, s) in zip(first, wanted, strict=True)
+                    if f is not None and f.requires_grad
+                ]
+                inputs = [
+                    (i, t) for i, t in enumerate(tensors) if t is not None and t.requires_grad
+                ]
+                result: list[Tensor | None] = [None] * len(tensors)
+                if linked and inputs:
+                    found = torch.autograd.grad(
+                        [f for f, _ in linked],
+                        [t for _, t in inputs],
+                        [s for _, s in linked],
+                        create_graph=third,
+                        allow_unused=True,
+                    )
+                    for (i, _), g in zip(inputs, found, strict=True):
+                        result[i] = g
+            return (None, None, None, None, *result)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, flags, backend, *tensors):
+            results = pair.forward(tensors, flags, True, backend)
+            ctx.flags, ctx.backend = flags, backend
+            ctx.num_inputs = len(tensors)
+            ctx.save_for_backward(*pair.save(tensors, results, flags))
+            ctx.set_materialize_grads(False)
+            return tuple(results[: pair.num_outputs])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            needs = list(ctx.needs_input_grad[2:])
+            saved = ctx.saved_tensors
+            if all(g is None for g in grads):
+                return (None,) * (2 + len(needs))
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                found = Backward.apply(ctx.flags, ctx.backend, needs, len(grads), *grads, *saved)
+            else:
+                found = pair.backward(grads, saved, needs, ctx.flags, ctx.backend)
+            found = tuple(g if n else None for g, n in zip(found, needs, strict=True))
+            return (None, None, *found)
+
+    def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors:
+        if not torch.compiler.is_compiling() and _transformed(tensors):
+            return pair.reference(tensors, flags)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return Forward.apply(flags, backend, *tensors)
+        return pair.forward(tensors, flags, False, backend)[: pair.num_outputs]
+
+    return call
+
+
+def _transformed(tensors: Tensors) -> bool:
+    """Whether a ``torch.func`` transform is active or an input carries a forward-mode tangent."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )

@@ -1,0 +1,516 @@
+"""BatchNorm (+residual) + activation around a convolution: Triton kernels and their launchers.
+
+A convolution output y is seen as segments of rows, so that one kernel serves both layouts without an index
+division an element: channels-last is one segment of N*T*H*W rows whose channels are contiguous; contiguous is
+N segments of T*H*W contiguous rows, one channel a program. Grid: (tile of ROWS rows, block of channels).
+
+Traffic in units of y: training forward reads 2 and writes 1 (+1 residual); evaluation reads 1, writes 1 (+1);
+backward reads 4 and writes 1 (dz, y twice; dy), with a residual 6 and 2. No atomics: every sum is merged in a fixed order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _tuning
+
+OP = "conv3d_bn_act"
+MERGED_TILES = 64  # partials merged at once
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)  # not maximum: NaN must pass
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "leaky_relu":
+        x = tl.where(x > 0, x, x * SLOPE)
+    return x
+
+
+@triton.jit
+def _activation_grad(g, x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """g * activation'(x), torch's choice at x = 0; x may be the output where only its sign is asked."""
+    if ACTIVATION == "relu":
+        g = tl.where(x <= 0, 0.0, g)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        g = g * s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == "leaky_relu":
+        g = tl.where(x > 0, g, g * SLOPE)
+    return g
+
+
+@triton.jit
+def _tile(length, tiles_per_segment, stride_segment, stride_row, stride_channel, C,
+          ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """This program's first element (int64), rows left, and int32 offsets and masks within the tile."""
+    pid_tile = tl.program_id(0).to(tl.int64)
+    pid_c = tl.program_id(1).to(tl.int64)
+    start = (pid_tile % tiles_per_segment) * ROWS
+    segment = pid_tile // tiles_per_segment
+    base = segment * stride_segment + start * stride_row + pid_c * BLOCK_C * stride_channel
+    left = tl.minimum(length - start, ROWS).to(tl.int32)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs = offs_m[:, None] * stride_row + offs_c[None, :] * stride_channel
+    channels = pid_c * BLOCK_C + offs_c
+    return base, left, offs_m, offs, channels, channels < C
+
+
+@triton.jit
+def _bn_stats_kernel(
+    y_ptr,  # [N, K, T, H, W], either layout
+    part_ptr,  # [tiles, 2, K]: mean and M2 of a tile's rows
+    C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, left, offs_m, offs, channels, mask_c = _tile(
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )
+    # Welford down each lane's own rows, so that lanes meet only once, at the end.
+    mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    seen = 0.0
+    y_ptr += base
+    for first in range(0, ROWS, BLOCK_M):
+        mask = (first + offs_m < left)[:, None] & mask_c[None, :]
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC)
+        delta = y - mean
+        seen += 1.0
+        step = delta / seen
+        mean = tl.where(mask, mean + step, mean)
+        m2 = tl.where(mask, m2 + delta * (delta - step), m2)
+        y_ptr += BLOCK_M * stride_row
+    # Chan's merge of the lanes: counts differ where the tile's tail is ragged.
+    count = ((left - offs_m + BLOCK_M - 1) // BLOCK_M).to(ACC)
+    count = tl.maximum(count, 0.0)[:, None]
+    tile_mean = tl.sum(mean * count, axis=0) / left.to(ACC)
+    delta = mean - tile_mean[None, :]
+    tile_m2 = tl.sum(m2 + delta * delta * count, axis=0)
+    out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
+    tl.store(out, tile_mean, mask=mask_c)
+    tl.store(out + C, tile_m2, mask=mask_c)
+
+
+@triton.jit
+def _bn_finalize_kernel(
+    part_ptr,  # [tiles, 2, K]
+    mean_ptr, invstd_ptr,  # [K], written
+    running_mean_ptr, running_var_ptr,  # [K], updated in place
+    bias_ptr,  # [K]: the convolution's, which y leaves out
+    C, tiles, tiles_per_segment, length, total,
+    momentum, momentum_low,
+    EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RUNNING: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = channels < C
+    offs_t = tl.arange(0, BLOCK_T)
+    count_all = tl.zeros((1,), dtype=ACC) + total
+    # Means are merged relative to the first tile's: a large common mean costs no digits.
+    origin = tl.load(part_ptr + channels, mask=mask_c, other=0.0)
+    moved = tl.zeros((BLOCK_C,), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + offs_t
+        mask = (tile < tiles)[:, None] & mask_c[None, :]
+        at = part_ptr + tile.to(tl.int64)[:, None] * 2 * C + channels[None, :]
+        rows = tl.minimum(length - (tile % tiles_per_segment).to(tl.int64) * ROWS, ROWS).to(ACC)
+        tile_mean = tl.load(at, mask=mask, other=0.0)
+        moved += tl.sum(tl.where(mask, (tile_mean - origin[None, :]) * rows[:, None], 0.0), axis=0)
+    mean = origin + moved / count_all
+    m2 = tl.zeros((BLOCK_C,), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + offs_t
+        mask = (tile < tiles)[:, None] & mask_c[None, :]
+        at = part_ptr + tile.to(tl.int64)[:, None] * 2 * C + channels[None, :]
+        rows = tl.minimum(length - (tile % tiles_per_segment).to(tl.int64) * ROWS, ROWS).to(ACC)
+        delta = tl.load(at, mask=mask, other=0.0) - mean[None, :]
+        tile_m2 = tl.load(at + C, mask=mask, other=0.0)
+        m2 += tl.sum(tl.where(mask, tile_m2 + delta * delta * rows[:, None], 0.0), axis=0)
+    variance = m2 / count_all
+    tl.store(mean_ptr + channels, mean, mask=mask_c)
+    invstd = 1.0 / tl.sqrt(variance + EPS)
+    tl.store(invstd_ptr + channels, invstd, mask=mask_c)
+    if HAS_RUNNING:
+        rate = tl.zeros((1,), dtype=ACC) + momentum + momentum_low
+        seen = mean
+        if HAS_BIAS:
+            seen += tl.load(bias_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+        old_mean = tl.load(running_mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+        old_var = tl.load(running_var_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+        unbiased = m2 / tl.maximum(count_all - 1.0, 1.0)
+        new_mean = old_mean + rate * (seen - old_mean)
+        new_var = old_var + rate * (unbiased - old_var)
+        tl.store(running_mean_ptr + channels, new_mean, mask=mask_c)
+        tl.store(running_var_ptr + channels, new_var, mask=mask_c)
+
+
+@triton.jit
+def _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS: tl.constexpr,
+            INVSTD_IS_VAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """mean, invstd, weight and bias of these channels; ones and zeros where there is none."""
+    mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+    invstd = tl.load(invstd_ptr + channels, mask=mask_c, other=1.0).to(ACC)
+    if INVSTD_IS_VAR:
+        invstd = 1.0 / tl.sqrt(invstd + EPS)
+    weight = tl.full(mean.shape, 1.0, dtype=ACC)
+    bias = tl.full(mean.shape, 0.0, dtype=ACC)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channels, mask=mask_c, other=1.0).to(ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+    return mean[None, :], invstd[None, :], weight[None, :], bias[None, :]
+
+
+@triton.jit
+def _bn_act_fwd_kernel(
+    y_ptr, residual_ptr, z_ptr,  # [N, K, T, H, W], one layout
+    mean_ptr, invstd_ptr,  # [K]; with INVSTD_IS_VAR the second holds the variance
+    weight_ptr, bias_ptr,  # [K]
+    C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, INVSTD_IS_VAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, left, offs_m, offs, channels, mask_c = _tile(
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )
+    mean, invstd, weight, bias = _affine(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS,
+        INVSTD_IS_VAR, HAS_WEIGHT, HAS_BIAS, ACC,
+    )  # fmt: skip
+    scale = invstd * weight
+    for first in range(0, ROWS, BLOCK_M):
+        mask = (first + offs_m < left)[:, None] & mask_c[None, :]
+        at = base + first * stride_row
+        y = tl.load(y_ptr + at + offs, mask=mask, other=0.0).to(ACC)
+        out = (y - mean) * scale + bias
+        if HAS_RESIDUAL:
+            out += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(ACC)
+        tl.store(z_ptr + at + offs, _activate(out, ACTIVATION, SLOPE), mask=mask)
+
+
+@triton.jit
+def _masked_grad(dz_ptr, y_ptr, other_ptr, at, mask, mean, invstd, weight, bias,
+                 MASK: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The gradient before the activation, and xhat. MASK: what the activation's derivative is taken from:
+    "y" alone, "residual" (y and the residual) or "output" (z, whose sign is the pre-activation's)."""
+    dz = tl.load(dz_ptr + at, mask=mask, other=0.0).to(ACC)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(ACC)
+    xhat = (y - mean) * invstd
+    pre = (y - mean) * (invstd * weight) + bias
+    if MASK == "residual":
+        pre += tl.load(other_ptr + at, mask=mask, other=0.0).to(ACC)
+    if MASK == "output":
+        pre = tl.load(other_ptr + at, mask=mask, other=0.0).to(ACC)
+    da = _activation_grad(dz, pre, ACTIVATION, SLOPE)
+    return da, xhat
+
+
+@triton.jit
+def _bn_act_bwd_reduce_kernel(
+    dz_ptr, y_ptr, other_ptr,  # [N, K, T, H, W], one layout
+    mean_ptr, invstd_ptr, weight_ptr, bias_ptr,  # [K]
+    part_ptr,  # [tiles, 2, K]: sum of da and of da * xhat over a tile's rows
+    C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, left, offs_m, offs, channels, mask_c = _tile(
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )
+    mean, invstd, weight, bias = _affine(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,
+        False, HAS_WEIGHT, HAS_BIAS, ACC,
+    )  # fmt: skip
+    sum_da = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    sum_da_xhat = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for first in range(0, ROWS, BLOCK_M):
+        mask = (first + offs_m < left)[:, None] & mask_c[None, :]
+        at = base + first * stride_row + offs
+        da, xhat = _masked_grad(
+            dz_ptr, y_ptr, other_ptr, at, mask, mean, invstd, weight, bias,
+            MASK, ACTIVATION, SLOPE, ACC,
+        )  # fmt: skip
+        sum_da += tl.where(mask, da, 0.0)
+        sum_da_xhat += tl.where(mask, da * xhat, 0.0)
+    out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
+    tl.store(out, tl.sum(sum_da, axis=0), mask=mask_c)
+    tl.store(out + C, tl.sum(sum_da_xhat, axis=0), mask=mask_c)
+
+
+@triton.jit
+def _bn_act_bwd_finalize_kernel(
+    part_ptr,  # [tiles, 2, K]
+    sums_ptr,  # [2, K]: sum of da and of da * xhat
+    dweight_ptr, dbias_ptr,  # [K], in the parameters' dtypes
+    C, tiles,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = channels < C
+    sum_da = tl.zeros((BLOCK_C,), dtype=ACC)
+    sum_da_xhat = tl.zeros((BLOCK_C,), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & mask_c[None, :]
+        at = part_ptr + tile.to(tl.int64)[:, None] * 2 * C + channels[None, :]
+        sum_da += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        sum_da_xhat += tl.sum(tl.load(at + C, mask=mask, other=0.0), axis=0)
+    tl.store(sums_ptr + channels, sum_da, mask=mask_c)
+    tl.store(sums_ptr + C + channels, sum_da_xhat, mask=mask_c)
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + channels, sum_da_xhat, mask=mask_c)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + channels, sum_da, mask=mask_c)
+
+
+@triton.jit
+def _bn_act_bwd_apply_kernel(
+    dz_ptr, y_ptr, other_ptr,  # [N, K, T, H, W], one layout
+    mean_ptr, invstd_ptr, weight_ptr, bias_ptr,  # [K]
+    sums_ptr,  # [2, K]
+    dy_ptr, dresidual_ptr,  # [N, K, T, H, W]
+    total,
+    C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BATCH_STATS: tl.constexpr,
+    NEEDS_DY: tl.constexpr, NEEDS_DRESIDUAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, left, offs_m, offs, channels, mask_c = _tile(
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )
+    mean, invstd, weight, bias = _affine(
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,
+        False, HAS_WEIGHT, HAS_BIAS, ACC,
+    )  # fmt: skip
+    scale = invstd * weight
+    if BATCH_STATS:
+        count = tl.zeros((1,), dtype=ACC) + total
+        mean_da = tl.load(sums_ptr + channels, mask=mask_c, other=0.0) / count
+        mean_da_xhat = tl.load(sums_ptr + C + channels, mask=mask_c, other=0.0) / count
+    for first in range(0, ROWS, BLOCK_M):
+        mask = (first + offs_m < left)[:, None] & mask_c[None, :]
+        at = base + first * stride_row + offs
+        da, xhat = _masked_grad(
+            dz_ptr, y_ptr, other_ptr, at, mask, mean, invstd, weight, bias,
+            MASK, ACTIVATION, SLOPE, ACC,
+        )  # fmt: skip
+        if NEEDS_DRESIDUAL:
+            tl.store(dresidual_ptr + at, da, mask=mask)
+        if NEEDS_DY:
+            if BATCH_STATS:
+                da = da - mean_da[None, :] - xhat * mean_da_xhat[None, :]
+            tl.store(dy_ptr + at, da * scale, mask=mask)
+
+
+ACCUMULATORS = {torch.float64: tl.float64}
+
+
+class Plan(NamedTuple):
+    """How one kernel cuts a tensor's layout into tiles."""
+
+    grid: tuple[int, int]
+    tiles: int
+    rows: int
+    c: int
+    total: int
+    where: tuple[int, ...]  # C, length, tiles_per_segment and the three strides
+    tile: dict[str, Any]  # the tile's constants
+    merge_grid: tuple[int]  # of the kernel that merges the partials: few programs, each a tree
+    merge: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    kernel: str, arch: str, n: int, c: int, volume: int, channels_last: bool, dtype: torch.dtype
+) -> Plan:
+    key = (
+        ("channels", c),
+        ("itemsize", dtype.itemsize),
+        ("layout", "channels_last" if channels_last else "contiguous"),
+    )
+    config = _tuning.config(OP, kernel, arch, key)
+    if channels_last:
+        segments, length, strides = 1, n * volume, (0, c, 1)
+    else:
+        segments, length, strides = n, volume, (c * volume, 1, volume)
+    acc = ACCUMULATORS.get(dtype, tl.float32)
+    rows = config["BLOCK_M"] * config["ITERATIONS"]
+    block_c = min(config["BLOCK_C"], triton.next_power_of_2(c))
+    merge_c = min(16, triton.next_power_of_2(c))
+    tiles_per_segment = triton.cdiv(length, rows)
+    tiles = segments * tiles_per_segment
+    tile = {"ROWS": rows, "BLOCK_M": config["BLOCK_M"], "BLOCK_C": block_c, "ACC": acc}
+    return Plan(
+        grid=(tiles, triton.cdiv(c, block_c)),
+        tiles=tiles,
+        rows=rows,
+        c=c,
+        total=n * volume,
+        where=(c, length, tiles_per_segment, *strides),
+        tile={**tile, "num_warps": config["num_warps"]},
+        merge_grid=(triton.cdiv(c, merge_c),),
+        merge={"BLOCK_T": MERGED_TILES, "BLOCK_C": merge_c, "ACC": acc},
+    )
+
+
+def plan_for(y: Tensor, kernel: str) -> Plan:
+    n, c, t, h, w = y.shape
+    channels_last = y.is_contiguous(memory_format=torch.channels_last_3d)
+    return plan(kernel, arch_of(y.device), n, c, t * h * w, channels_last, y.dtype)
+
+
+def _partials(plan: Plan, y: Tensor) -> Tensor:
+    return torch.empty(plan.tiles, 2, plan.c, dtype=accumulator(y), device=y.device)
+
+
+def accumulator(y: Tensor) -> torch.dtype:
+    """The dtype of statistics, sums and partials."""
+    return torch.promote_types(y.dtype, torch.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _arch_of(device: int) -> str:
+    return _tuning.arch_of(torch.cuda.get_device_capability(device))
+
+
+def arch_of(device: torch.device) -> str:
+    return _arch_of(device.index) if device.type == "cuda" else "default"
+
+
+def _check(y: Tensor, **others: Tensor | None) -> None:
+    """The last look before pointers are taken: one device, dense layout, matching sizes."""
+    dense = y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last_3d)
+    if y.dim() != 5 or not dense or not y.is_floating_point():
+        raise ValueError(
+            f"y: expected a dense floating 5-D tensor, got {y.dtype} {tuple(y.shape)} {y.stride()}"
+        )
+    for name, t in others.items():
+        if t is None:
+            continue
+        expected = y.shape if t.dim() == 5 else (y.shape[1],)
+        strides = y.stride() if t.dim() == 5 else (1,)
+        # A size-1 axis may carry any stride.
+        same = all(s == 1 or a == b for s, a, b in zip(t.shape, t.stride(), strides, strict=False))
+        if t.device != y.device or tuple(t.shape) != tuple(expected) or not same:
+            raise ValueError(
+                f"{name}: expected {tuple(expected)} on {y.device} with strides {strides}, "
+                f"got {tuple(t.shape)} on {t.device} with strides {t.stride()}"
+            )
+
+
+def launch_stats(
+    y: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Batch mean and 1/std of y ``[N, K, T, H, W]``; updates the running statistics in place.
+
+    ``bias`` is the convolution's where y leaves it out: it moves the running mean and nothing else.
+    """
+    _check(y, bias=bias, running_mean=running_mean, running_var=running_var)
+    p = plan_for(y, "_bn_stats_kernel")
+    part = _partials(p, y)
+    _bn_stats_kernel[p.grid](y, part, *p.where, **p.tile)
+    mean = torch.empty(p.c, dtype=part.dtype, device=y.device)
+    invstd = torch.empty_like(mean)
+    _, length, tiles_per_segment, *_ = p.where
+    low = momentum - ctypes.c_float(momentum).value  # Triton passes floats as fp32
+    _bn_finalize_kernel[p.merge_grid](
+        part, mean, invstd, running_mean, running_var, bias,
+        p.c, p.tiles, tiles_per_segment, length, p.total, momentum, low,
+        EPS=eps, ROWS=p.rows, HAS_RUNNING=running_mean is not None, HAS_BIAS=bias is not None, **p.merge,
+    )  # fmt: skip
+    return mean, invstd
+
+
+def launch_fwd(
+    y: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    invstd_is_var: bool,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """``z = activation((y - mean) * invstd * weight + bias + residual)`` in one pass over y."""
+    _check(y, residual=residual, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    z = torch.empty_like(y)
+    p = plan_for(y, "_bn_act_fwd_kernel")
+    _bn_act_fwd_kernel[p.grid](
+        y, residual, z, mean, invstd, weight, bias, *p.where,
+        EPS=eps, INVSTD_IS_VAR=invstd_is_var, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=activation, SLOPE=negative_slope, **p.tile,
+    )  # fmt: skip
+    return z
+
+
+def launch_bwd(
+    dz: Tensor,
+    y: Tensor,
+    other: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mask: str,
+    activation: str,
+    negative_slope: float,
+    batch_stats: bool,
+    needs_dy: bool,
+    needs_dresidual: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dy, dresidual, dweight, dbias (None where not needed): one reducing and one writing pass."""
+    _check(y, dz=dz, other=other, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    flags = {
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "MASK": mask,
+        "ACTIVATION": activation,
+        "SLOPE": negative_slope,
+    }
+    sums = dweight = dbias = dy = dresidual = None
+    if needs_parameters or (batch_stats and needs_dy):
+        p = plan_for(y, "_bn_act_bwd_reduce_kernel")
+        part = _partials(p, y)
+        _bn_act_bwd_reduce_kernel[p.grid](
+            dz, y, other, mean, invstd, weight, bias, part, *p.where, **flags, **p.tile
+        )
+        sums = torch.empty(2, p.c, dtype=part.dtype, device=y.device)
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        _bn_act_bwd_finalize_kernel[p.merge_grid](
+            part, sums, dweight, dbias, p.c, p.tiles,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **p.merge,
+        )  # fmt: skip
+    if needs_dy or needs_dresidual:
+        p = plan_for(y, "_bn_act_bwd_apply_kernel")
+        dy = torch.empty_like(y) if needs_dy else None
+        dresidual = torch.empty_like(y) if needs_dresidual else None
+        _bn_act_bwd_apply_kernel[p.grid](
+            dz, y, other, mean, invstd, weight, bias, sums, dy, dresidual, p.total, *p.where,
+            BATCH_STATS=batch_stats, NEEDS_DY=needs_dy, NEEDS_DRESIDUAL=needs_dresidual, **flags, **p.tile,
+        )  # fmt: skip
+    return dy, dresidual, dweight, dbias

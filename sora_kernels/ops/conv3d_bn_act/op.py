@@ -1,0 +1,436 @@
+"""``conv3d_bn_act``: schema, backends, gradient and the public function.
+
+The convolution is ATen's (cuDNN, oneDNN) in every backend so far; a backend is what runs the passes around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._dispatch import YES, Backend, Operator, Verdict, no
+from ..common.gradient import Pair, Tensors, differentiable
+from ..common.schema import register
+from . import arguments, reference, stock
+from .arguments import DTYPES, output_shape, triple
+
+_aten_convolution = torch.ops.aten.convolution.default
+_aten_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+class Facts(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the convolution's output [N, K, T, H, W]
+    has_residual: bool
+    batch_stats: bool
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _hybrid_can_run(facts: Facts) -> Verdict:
+    if not _triton_installed():
+        return no("Triton is not installed")
+    if facts.dtype not in DTYPES:
+        return no(f"x is {facts.dtype}; the kernels take fp16, bf16, fp32 and fp64")
+    if facts.device.type == "cuda":
+        return _capability_verdict(facts.device.index or 0)
+    if facts.device.type == "cpu":
+        from ...testing import interpreting
+
+        return YES if interpreting() else no("x is on the CPU and TRITON_INTERPRET is not set")
+    return no(f"x is on {facts.device}; Triton kernels need a CUDA device")
+
+
+@functools.cache
+def _capability_verdict(device: int) -> Verdict:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return no(f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
+    return YES
+
+
+def _floor_bytes(facts: Facts) -> int:
+    """Least traffic of the forward passes over y: read twice and written, once read in evaluation."""
+    passes = 2 + facts.batch_stats + facts.has_residual
+    elements = 1
+    for size in facts.shape:
+        elements *= size
+    return passes * elements * facts.dtype.itemsize
+
+
+def _hybrid_config(facts: Facts) -> str:
+    from . import kernels
+
+    n, c, t, h, w = facts.shape
+    arch = kernels.arch_of(facts.device)
+    plan = kernels.plan("_bn_act_fwd_kernel", arch, n, c, t * h * w, True, facts.dtype)
+    return f"{plan.tile['BLOCK_M']}x{plan.tile['BLOCK_C']}, {plan.tile['num_warps']} warps"
+
+
+class _Hybrid:
+    """The fused Triton passes, imported when first used."""
+
+    @staticmethod
+    def forward(
+        y, bias, residual, bn_weight, bn_bias, running_mean, running_var, *,
+        batch_stats, activation, negative_slope, momentum, eps, tapes,
+    ):  # fmt: skip
+        from . import kernels
+
+        if batch_stats:
+            # A bias before batch statistics moves nothing but the running mean.
+            mean, invstd = kernels.launch_stats(y, bias, running_mean, running_var, momentum, eps)
+        else:
+            mean, invstd = running_mean, running_var
+            if bias is not None:
+                mean = mean - bias
+            if tapes:
+                wide = kernels.accumulator(y)
+                mean = mean.to(wide, copy=True)
+                invstd = torch.rsqrt(running_var.to(wide) + eps)
+        z = kernels.launch_fwd(
+            y, residual, mean, invstd, bn_weight, bn_bias,
+            eps=eps, invstd_is_var=not batch_stats and not tapes, activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        return z, mean, invstd
+
+    @staticmethod
+    def backward(
+        dz, y, z, residual, mean, invstd, bn_weight, bn_bias, *,
+        batch_stats, activation, negative_slope, needs,
+    ):  # fmt: skip
+        from . import kernels
+
+        needs_dy, needs_dresidual, needs_dweight, needs_dbias = needs
+        mask, other = "y", None
+        if activation and residual is not None:
+            mask, other = "residual", residual
+        elif activation and z is not None:
+            mask, other = "output", z
+        return kernels.launch_bwd(
+            dz, y, other, mean, invstd, bn_weight, bn_bias,
+            mask=mask, activation=activation, negative_slope=negative_slope, batch_stats=batch_stats,
+            needs_dy=needs_dy, needs_dresidual=needs_dresidual, needs_parameters=needs_dweight or needs_dbias,
+        )  # fmt: skip
+
+
+OPERATOR = Operator(
+    "conv3d_bn_act",
+    [
+        Backend("hybrid", _hybrid_can_run, _Hybrid, config=_hybrid_config, floor_bytes=_floor_bytes),
+        Backend("torch", lambda facts: YES, stock),
+        Backend("reference", lambda facts: YES, reference),
+    ],
+    prefer=lambda facts: ("hybrid", "torch") if facts.device.type == "cuda" else ("torch",),
+    facts=lambda *args, **kwargs: _facts_of_call(*args, **kwargs),
+)
+
+
+def _facts_of_call(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, residual=None, stride=1, padding=0,
+    dilation=1, training=False, **_,
+) -> Facts:  # fmt: skip
+    """The public arguments -> facts, for ``explain``."""
+    before, after = arguments.paddings(padding)
+    padded = x.new_empty([x.shape[0], x.shape[1], *(s + b + a for s, b, a in zip(x.shape[2:], before, after, strict=True))], device="meta")  # fmt: skip
+    shape = output_shape(padded, weight, triple("stride", stride, 1), (0, 0, 0), triple("dilation", dilation, 1))  # fmt: skip
+    return Facts(x.device, x.dtype, tuple(shape), residual is not None, training or running_mean is None)  # fmt: skip
+
+
+def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Channels-last where x or weight is (and is not plain contiguous too), else contiguous."""
+    for t in (x, weight):
+        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fwd_impl(
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
+    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, tapes, backend,
+):  # fmt: skip
+    y = _aten_convolution(x, weight, None, stride, padding, dilation, False, [0, 0, 0], groups)
+    memory_format = _format(x, weight)
+    y = y.contiguous(memory_format=memory_format)
+    wide = _statistics_dtype(x)
+    if batch_stats and reference.count(y) == 1:
+        raise ValueError(
+            "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
+            f"got a convolution output of {tuple(y.shape)}"
+        )
+    if y.numel() == 0:
+        mean = torch.zeros(y.shape[1], dtype=wide, device=y.device)
+        return torch.empty_like(y), y, mean, torch.ones_like(mean)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    facts = Facts(y.device, y.dtype, tuple(y.shape), residual is not None, batch_stats)
+    passes = OPERATOR.select(backend, facts).impl
+    z, mean, invstd = passes.forward(
+        y, bias, residual, bn_weight, bn_bias,
+        running_mean, running_var, batch_stats=batch_stats, activation=activation, negative_slope=negative_slope,
+        momentum=momentum, eps=eps, tapes=tapes,
+    )  # fmt: skip
+    if not tapes:
+        return z, y.new_empty(0), y.new_empty(0, dtype=wide), y.new_empty(0, dtype=wide)
+    return z, y, mean, invstd
+
+
+def _fwd_fake(
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
+    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, tapes, backend,
+):  # fmt: skip
+    shape = output_shape(x, weight, stride, padding, dilation)
+    z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x, weight))
+    wide = _statistics_dtype(x)
+    if not tapes:
+        return z, z.new_empty(0), z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
+    channels = z.new_empty(weight.shape[0], dtype=wide)
+    return z, torch.empty_like(z), channels, torch.empty_like(channels)
+
+
+def _bwd_impl(
+    dz, x, weight, y, mean, invstd, z, residual, bn_weight, bn_bias, stride, padding, dilation,
+    groups, activation, negative_slope, batch_stats, needs, backend,
+):  # fmt: skip
+    needs_dx, needs_dw, needs_dbias, needs_dresidual, needs_dbn_weight, needs_dbn_bias = needs
+    needs_dy = needs_dx or needs_dw or (needs_dbias and not batch_stats)
+    memory_format = _format(x, weight)
+    none = x.new_empty(0)
+    if y.numel() == 0:
+        grads = [torch.zeros_like(t) if n and t is not None else none
+                 for t, n in zip((x, weight, None, y, bn_weight, bn_bias), needs, strict=True)]  # fmt: skip
+        grads[2] = weight.new_zeros(weight.shape[0]) if needs_dbias else none
+        return tuple(grads)
+    facts = Facts(y.device, y.dtype, tuple(y.shape), residual is not None, batch_stats)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    dy, dresidual, dbn_weight, dbn_bias = OPERATOR.select(backend, facts).impl.backward(
+        dz.contiguous(memory_format=memory_format), y, z, residual, mean, invstd, bn_weight, bn_bias,
+        batch_stats=batch_stats, activation=activation, negative_slope=negative_slope,
+        needs=(needs_dy, needs_dresidual, needs_dbn_weight, needs_dbn_bias),
+    )  # fmt: skip
+    dx = dw = dbias = None
+    if needs_dy:
+        # Batch statistics take any bias away again: its gradient is exactly zero.
+        dx, dw, dbias = _aten_convolution_backward(
+            dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0, 0], groups,
+            [needs_dx, needs_dw, needs_dbias and not batch_stats],
+        )  # fmt: skip
+    if needs_dbias and batch_stats:
+        dbias = weight.new_zeros(weight.shape[0])
+    grads = (dx, dw, dbias, dresidual, dbn_weight, dbn_bias)
+    return tuple(
+        none if g is None or not n else _laid_out(g, memory_format) for g, n in zip(grads, needs, strict=True)
+    )  # fmt: skip
+
+
+def _laid_out(g: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return g.contiguous(memory_format=memory_format) if g.dim() == 5 else g
+
+
+def _bwd_fake(
+    dz, x, weight, y, mean, invstd, z, residual, bn_weight, bn_bias, stride, padding, dilation,
+    groups, activation, negative_slope, batch_stats, needs, backend,
+):  # fmt: skip
+    memory_format = _format(x, weight)
+    like = (x, weight, weight.new_empty(weight.shape[0]), y, bn_weight, bn_bias)
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device,
+                    memory_format=memory_format if t.dim() == 5 else torch.contiguous_format)
+        if n and t is not None else x.new_empty(0)
+        for t, n in zip(like, needs, strict=True)
+    )  # fmt: skip
+
+
+_fwd = register(
+    "conv3d_bn_act_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, "
+    "Tensor? bn_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation, float negative_slope, bool batch_stats, float momentum, "
+    "float eps, bool tapes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_impl,
+    _fwd_fake,
+)
+_bwd = register(
+    "conv3d_bn_act_bwd(Tensor dz, Tensor x, Tensor weight, Tensor y, Tensor mean, Tensor invstd, "
+    "Tensor? z, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation, float negative_slope, bool batch_stats, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_impl,
+    _bwd_fake,
+)
+
+
+def _forward(tensors: Tensors, flags: tuple, tapes: bool, backend: str) -> Tensors:
+    return _fwd(*tensors, *flags, tapes, backend)
+
+
+def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
+    x, weight, bias, residual, bn_weight, bn_bias, _, _ = tensors
+    z, y, mean, invstd = results
+    activation, negative_slope = flags[4], flags[5]
+    # The output tells which side of a kink its input was on; SiLU's derivative needs the input itself.
+    signed = activation == "relu" or (activation == "leaky_relu" and negative_slope > 0)
+    keep_z = signed and (residual is not None or not z.is_cuda)
+    return (
+        x, weight, bias, None if signed or not activation else residual, bn_weight, bn_bias, None, None,
+        y, mean, invstd, z if keep_z else None,
+    )  # fmt: skip
+
+
+def _backward(grads: Tensors, saved: Tensors, needs: Sequence[bool], flags: tuple, backend: str) -> Tensors:  # fmt: skip
+    x, weight, _, residual, bn_weight, bn_bias, _, _, y, mean, invstd, z = saved
+    stride, padding, dilation, groups, activation, negative_slope, batch_stats, _, _ = flags
+    found = _bwd(
+        grads[0], x, weight, y, mean, invstd, z, residual, bn_weight, bn_bias, stride, padding,
+        dilation, groups, activation, negative_slope, batch_stats, needs[:6], backend,
+    )  # fmt: skip
+    return (*found, None, None)
+
+
+def _keywords(flags: tuple) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups", "activation", "negative_slope", "training", "momentum", "eps")  # fmt: skip
+    call = dict(zip(names, flags, strict=True))
+    call["activation"] = call["activation"] or None
+    return call
+
+
+def _reference(tensors: Tensors, flags: tuple) -> Tensors:
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var = tensors
+    assert x is not None and weight is not None
+    z = reference.conv3d_bn_act(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, bias=bias, residual=residual, **_keywords(flags)
+    )  # fmt: skip
+    return (z,)
+
+
+def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:
+    """z from the saved inputs. A residual that was not kept moves nothing but the kink, which z knows."""
+    x, weight, bias, residual, bn_weight, bn_bias, _, _, y, mean, invstd, z = saved
+    assert x is not None and weight is not None and y is not None
+    assert mean is not None and invstd is not None
+    call = _keywords(flags)
+    if residual is None:
+        residual = torch.zeros_like(y, requires_grad=True)
+    out = F.conv3d(
+        x, weight, bias, call["stride"], call["padding"], call["dilation"], call["groups"]
+    ).to(mean.dtype)  # fmt: skip
+    if call["training"]:
+        mean, variance = reference.statistics(out)
+        invstd = torch.rsqrt(variance + call["eps"])
+    elif bias is not None:
+        mean = mean + bias.detach()
+    out = reference.normalise(out, mean, invstd, bn_weight, bn_bias) + residual
+    out = reference.activate_like(out, z, call["activation"], call["negative_slope"])
+    inputs = (x, weight, bias, residual, bn_weight, bn_bias, None, None)
+    return (out.to(x.dtype),), inputs
+
+
+_call = differentiable(
+    Pair(_forward, _save, _backward, _reference, _recompute, num_outputs=1)
+)  # fmt: skip
+
+
+def conv3d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Sequence[Sequence[int]] = 0,
+    padding_mode: str = "zeros",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """3D convolution, batch normalisation, residual sum and activation as one operator.
+
+    Equivalent to::
+
+        y = F.batch_norm(F.conv3d(x, weight, bias, stride, padding, dilation, groups),
+                         running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        return F.relu(y + residual)
+
+    Args:
+        x: ``[N, C, T, H, W]``; fp16, bf16, fp32 or fp64; contiguous or channels_last_3d (others are copied).
+        weight: ``[K, C / groups, kt, kh, kw]``, x's dtype.
+        bn_weight, bn_bias: ``[K]`` or None; x's dtype or fp32.
+        running_mean, running_var: ``[K]``, updated in place where ``training``. None (both): batch statistics always.
+        bias: the convolution's, ``[K]``, x's dtype.
+        residual: added before the activation; the output's shape and x's dtype.
+        activation: "relu", "silu", "leaky_relu" (with ``negative_slope``) or None.
+        stride, dilation: int or (t, h, w).
+        padding: int, (t, h, w) or ((t0, t1), (h0, h1), (w0, w1)), of zeros or, with ``padding_mode="replicate"``,
+            of the border's values.
+        momentum: weight of the new batch in the running statistics, a float. The variance enters unbiased.
+        backend: "hybrid" (ATen's convolution, fused Triton passes), "torch", "reference"; None takes the fastest.
+
+    Returns:
+        ``[N, K, T', H', W']`` in x's dtype; channels_last_3d if x or weight is, else contiguous.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is off, or batch statistics of one value a channel.
+        BackendError: the named backend cannot run this call; the message says why.
+
+    Statistics, sums and the normalisation are computed in fp32 (fp64 for fp64). Under autocast x, weight, bias and
+    residual are cast to its dtype. Gradients of any order exist; inside ``torch.func`` the reference runs.
+    """
+    backend = OPERATOR.check_name(backend)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            residual = None if residual is None else residual.to(dtype)
+    stride, dilation = triple("stride", stride, 1), triple("dilation", dilation, 1)
+    before, after = arguments.paddings(padding)
+    vectors = {
+        "bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean,
+        "running_var": running_var, "bias": bias,
+    }  # fmt: skip
+    arguments.validate(x, weight, vectors, activation, groups)
+    if before != after or (padding_mode != "zeros" and any(before)):
+        x = arguments.pad(x, before, after, padding_mode)
+        before = [0, 0, 0]
+    elif padding_mode not in ("zeros", "replicate"):
+        raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', got {padding_mode!r}")
+    shape = output_shape(x, weight, stride, before, dilation)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"x: too small for the kernel {tuple(weight.shape[2:])} with dilation {tuple(dilation)}: "
+            f"got {tuple(x.shape)} with padding {padding}"
+        )
+    if residual is not None and (list(residual.shape) != shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual: expected {tuple(shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+    tensors = (x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var)
+    batch_stats = training or running_mean is None
+    flags = (stride, before, dilation, groups, activation or "", negative_slope, batch_stats, momentum, eps)
+    return _call(tensors, flags, backend)[0]  # type: ignore[return-value]
