@@ -31,7 +31,7 @@ class Comparison:
 
     Attributes:
         error: largest error of logits and features against fp64.
-        seconds: median time of a warm call. peak_bytes: None where it was not measured.
+        seconds: median time of a warm call.
         features: [T, hidden_size], of build a, on the CPU.
         operators: operator -> the backends it took, with reasons.
         disagreement: empty where both builds keep the 2x rule.
@@ -39,7 +39,6 @@ class Comparison:
 
     error: tuple[float, float]
     seconds: tuple[float, float]
-    peak_bytes: tuple[int | None, int | None]
     features: Tensor
     operators: dict[str, list[str]]
     disagreement: str
@@ -104,12 +103,9 @@ def compare(
             operators |= dispatch.operators_used(run)
     step("time")
     seconds = measure.median_seconds(runs, rounds, clip.device)
-    step("memory")
-    peaks = [measure.peak_bytes(run, clip.device) for run in runs]
     return Comparison(
         error=(errors[0], errors[1]),
         seconds=(seconds[0], seconds[1]),
-        peak_bytes=(peaks[0], peaks[1]),
         features=got[0][1][0].cpu(),
         operators=operators,
         disagreement="; ".join(filter(None, verdicts)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sora_models.data import SAMPLE_CLIPS, VideoInfo, decode, find_clip, probe, to_clip
-from sora_models.demo import figure, measure
+from sora_models.demo import figure, memory
 from sora_models.demo.compare import Comparison, build_pair, calibrate, compare
 
 PICTURE = "demo.png"
@@ -49,8 +49,8 @@ def run(options: DemoOptions) -> bool:
 
     device = torch.device(options.device)
     paths = [find_clip(clip) for clip in options.clips]
-    steps = ("fp64 truth", "check", "time", "memory")
-    bar = tqdm(total=len(paths) * (1 + len(steps)) + 1, unit="step", leave=False)
+    steps = ("fp64 truth", "check", "time")
+    bar = tqdm(total=len(paths) * (1 + len(steps)) + 2, unit="step", leave=False)
 
     def step(name: str, what: str) -> None:
         bar.set_description(f"{name}: {what}")
@@ -70,6 +70,9 @@ def run(options: DemoOptions) -> bool:
             compare(pair, tensor, options.rounds, partial(step, clip.name))
             for clip, tensor in zip(clips, inputs, strict=True)
         ]
+        step("all", "memory")
+        shapes = [tensor.shape for tensor in inputs]
+        of_backend = {b: memory.peaks(b, shapes, options.device) for b in set(options.backends)}
         step("all", "picture")
         picture = options.out / PICTURE
         figure.draw(
@@ -82,14 +85,13 @@ def run(options: DemoOptions) -> bool:
             ),
         )
 
-    rows = [
-        row(clip.name, clip.frames, result) for clip, result in zip(clips, results, strict=True)
-    ]
+    peaks = [of_backend[backend] for backend in options.backends]
+    rows = [row(*of_clip) for of_clip in zip(clips, results, *peaks, strict=True)]
     print(table(header(options.backends), rows))
     print(
         f"\nerror: largest of logits and features, against plain PyTorch in fp64; "
         f"time: median of {options.rounds} warm interleaved runs on {_machine(device)}; "
-        f"peak memory: {measure.peak_memory_method(device)}"
+        f"peak memory: {memory.METHODS[device.type]}"
     )
     for operator, taken in _operators(results).items():
         print(f"{operator} ran on {', '.join(taken)}")
@@ -111,7 +113,7 @@ def header(backends: tuple[str, str]) -> list[str]:
     ]  # fmt: skip
 
 
-def row(clip: Clip, result: Comparison) -> list[str]:
+def row(clip: Clip, result: Comparison, *peaks: int | None) -> list[str]:
     t, h, w, _ = clip.frames.shape
     first, second = result.seconds
     return [
@@ -121,7 +123,7 @@ def row(clip: Clip, result: Comparison) -> list[str]:
         f"{first * 1e3:.1f}",
         f"{second * 1e3:.1f}",
         f"{first / second:.2f}x",
-        *("-" if peak is None else f"{peak / 2**20:.1f}" for peak in result.peak_bytes),
+        *("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks),
     ]
 
 
