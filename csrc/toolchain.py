@@ -92,16 +92,18 @@ def find_cxx() -> Cxx | Missing:
 
 
 def find_nvcc() -> Nvcc | Missing:
-    """The CUDA compiler: $CUDACXX, else from $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda."""
+    """The CUDA compiler: $CUDACXX, or that of $CUDA_HOME, or from PATH, or of /usr/local/cuda."""
     cure = (
         f"install the CUDA toolkit, {_dotted(MIN_NVCC)} or later, and set CUDA_HOME to its folder"
     )
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    candidates = [os.environ.get("CUDACXX"), *(os.path.join(home, "bin", "nvcc") for home in homes)]
-    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    path = next((found for c in candidates if c and (found := shutil.which(c))), None)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named := os.environ.get("CUDACXX") or (home and os.path.join(home, "bin", "nvcc")):
+        candidates = [named]
+    else:
+        candidates = ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next((found for c in candidates if (found := shutil.which(c))), None)
     if path is None:
-        return Missing("nvcc (looked at CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)", cure)
+        return Missing(f"nvcc (looked for {named or 'it on PATH and in /usr/local/cuda'})", cure)
     release = re.search(r"V((\d+)\.(\d+)\.\d+)", run([path, "--version"]).stdout)
     if release is None:
         return Missing(f"working nvcc ({path} --version gives no version)", cure)
