@@ -1,0 +1,219 @@
+"""The layer through ``sora_kernels._C``: torch's GEMMs for what is parallel over time, csrc/lstm for what is not.
+
+Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums in registers and
+threads over rows or units. *Steps*: one GEMM and one cell kernel a step, on the current stream; the way on CUDA, and on
+the CPU where there are too few steps to pay for packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .reference import Result, state_dtype
+
+# As enum DType in csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def forward(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], bias: bool, tapes: bool
+) -> Result:
+    """As ``reference.layer`` without lengths, resets and projection; empty tapes where not wanted."""
+    T, B, I = x.shape
+    per = 4 if bias else 2
+    D, H = len(weights) // per, weights[1].shape[1]
+    _check(x, h0, c0, weights)
+    x = x.contiguous()
+    h0, c0 = (None if t is None else t.contiguous() for t in (h0, c0))
+    flat = x.view(T * B, I)
+    if D == 1:
+        gates = _project(flat, weights, bias, None).view(1, T, B, 4 * H)
+    else:
+        gates = x.new_empty(D, T, B, 4 * H)
+        for d in range(D):
+            _project(flat, weights[d * per : (d + 1) * per], bias, gates[d].view(T * B, 4 * H))
+    y = x.new_empty(T, B, D * H)
+    h_n, c_n = x.new_empty(D, B, H), x.new_empty(D, B, H)
+    state = state_dtype(x.dtype)
+    cells = x.new_empty((T, B, D * H) if tapes else (0,), dtype=state)
+    if x.is_cuda or not _worth_packing(T, B, H):
+        _forward_steps(h0, c0, weights[1::per], gates, y, cells if tapes else None, h_n, c_n)
+    else:
+        w_hh = [w if w.is_contiguous() else w.contiguous() for w in weights[1::per]]
+        _native.module().lstm_forward_cpu(
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(),
+            w_hh[0].data_ptr(), w_hh[1].data_ptr() if D == 2 else 0,
+            0 if h0 is None else h0.data_ptr(), 0 if c0 is None else c0.data_ptr(),
+            y.data_ptr(), cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), _native.num_threads(),
+        )  # fmt: skip
+    return Result(y, h_n, c_n, cells, gates if tapes else x.new_empty(0))
+
+
+def backward(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    y: Tensor, cells: Tensor, gates: Tensor, bias: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """As ``reference.layer_backward``; ``needs`` says which of x, h0, c0 and each weight. None where not needed."""
+    T, B, I = x.shape
+    per = 4 if bias else 2
+    D, H = len(weights) // per, weights[1].shape[1]
+    _check(x, h0, c0, weights)
+    h0, c0, dy, dh_n, dc_n, dcells = (
+        None if t is None else t.contiguous() for t in (h0, c0, dy, dh_n, dc_n, dcells)
+    )
+    dgates = torch.empty_like(gates)
+    dh0, dc0 = x.new_empty(D, B, H), x.new_empty(D, B, H)
+    if x.is_cuda or not _worth_packing(T, B, H):
+        _backward_steps(dy, dh_n, dc_n, dcells, c0, weights[1::per], cells, gates, dgates, dh0, dc0)
+    else:
+        w_hh = [w if w.is_contiguous() else w.contiguous() for w in weights[1::per]]
+        _native.module().lstm_backward_cpu(
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(),
+            w_hh[0].data_ptr(), w_hh[1].data_ptr() if D == 2 else 0,
+            *(0 if t is None else t.data_ptr() for t in (c0, dy, dcells, dh_n, dc_n)),
+            dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), _native.num_threads(),
+        )  # fmt: skip
+
+    flat = x.reshape(T * B, I)
+    dx: Tensor | None = None
+    dweights: list[Tensor | None] = [None] * len(weights)
+    for d in range(D):
+        own = dgates[d].view(T * B, 4 * H)
+        if needs[0]:
+            w_ih = weights[d * per]
+            dx = own @ w_ih if dx is None else dx.addmm_(own, w_ih)
+        needs_own = needs[3 + d * per : 3 + (d + 1) * per]
+        if needs_own[0]:
+            dweights[d * per] = own.t() @ flat
+        if needs_own[1]:
+            dweights[d * per + 1] = _dw_hh(own, y, h0, d, H)
+        if bias and (needs_own[2] or needs_own[3]):
+            db = own.sum(0)
+            dweights[d * per + 2] = db
+            dweights[d * per + 3] = db.clone() if needs_own[2] and needs_own[3] else db
+    return None if dx is None else dx.view(T, B, I), dh0, dc0, dweights
+
+
+def _check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> None:
+    """Pointers follow: whatever came through the registered op is checked again, and once."""
+    for t in (h0, c0, *weights):
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise ValueError(
+                f"lstm: expected every tensor to be {x.dtype} on {x.device}, got {t.dtype} on {t.device}"
+            )
+
+
+def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor | None) -> Tensor:
+    """[T*B, I] -> x W_ih^T + b_ih + b_hh, [T*B, 4H]."""
+    w = weights[0].t()
+    if bias:
+        return torch.addmm(weights[2] + weights[3], x, w, out=out)
+    return torch.mm(x, w, out=out)
+
+
+def _worth_packing(T: int, B: int, H: int) -> bool:
+    """Whether one call of the CPU kernel beats T calls of GEMM and cell. Packing moves 4 H^2 values once; each step on
+    its own costs about 8 us of host time and GEMM's own packing."""
+    return T > 1 + H // 128
+
+
+def _previous_rows(y: Tensor, d: int, H: int, T: int, B: int) -> tuple[Tensor, slice]:
+    """Direction d's outputs that were some later step's h_prev, [(T-1)*B, H], and the steps that they went into."""
+    rows = (y[:-1] if d == 0 else y[1:]).view((T - 1) * B, y.shape[-1])
+    return rows[:, d * H : (d + 1) * H], slice(B, None) if d == 0 else slice(0, (T - 1) * B)
+
+
+def _dw_hh(dgates: Tensor, y: Tensor, h0: Tensor | None, d: int, H: int) -> Tensor:
+    """sum over t of dgates(t)^T h(t-1), [4H, H]: y is h, a step late."""
+    T, B = y.shape[:2]
+    rows, steps = _previous_rows(y, d, H, T, B)
+    dw = dgates[steps].t() @ rows
+    if h0 is not None:
+        first = dgates[:B] if d == 0 else dgates[-B:] if B else dgates
+        dw.addmm_(first.t(), h0[d])
+    return dw
+
+
+def _stream(t: Tensor) -> tuple[int, int]:
+    """Device index (-1 for the CPU) and raw handle of the current stream."""
+    if not t.is_cuda:
+        return -1, 0
+    index = t.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _forward_steps(
+    h0: Tensor | None, c0: Tensor | None, w_hh: Sequence[Tensor], gates: Tensor, y: Tensor, cells: Tensor | None,
+    h_n: Tensor, c_n: Tensor,
+) -> None:  # fmt: skip
+    D, T, B, H4 = gates.shape
+    H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], state_dtype(gates.dtype)
+    cell = _native.module().lstm_cell_forward
+    device, stream = _stream(gates)
+    size, state_size = gates.element_size(), state.itemsize
+    for d in range(D):
+        w = w_hh[d].t()
+        own_gates = gates[d].unbind(0)
+        own_y = y.unflatten(-1, (D, H))[:, :, d].unbind(0)
+        h = None if h0 is None else h0[d]
+        c_state = None if c0 is None else c0[d].to(state, copy=True)
+        if c_state is None and cells is None:
+            c_state = torch.zeros(B, H, dtype=state, device=gates.device)
+        c_prev, c_prev_stride = (0, H) if c_state is None else (c_state.data_ptr(), H)
+        for t in range(T) if d == 0 else reversed(range(T)):
+            if h is not None:
+                own_gates[t].addmm_(h, w)
+            c, c_stride = c_prev, H
+            if cells is not None:
+                c, c_stride = cells.data_ptr() + (t * B * D + d) * H * state_size, D * H
+            cell(
+                code, B, H, gates.data_ptr() + (d * T + t) * B * 4 * H * size, c_prev, c_prev_stride, c, c_stride,
+                y.data_ptr() + (t * B * D + d) * H * size, D * H, device, stream,
+            )  # fmt: skip
+            h, c_prev, c_prev_stride = own_y[t], c, c_stride
+        h_n[d] = h
+        last = T - 1 if d == 0 else 0
+        c_n[d] = c_state if cells is None else cells[last, :, d * H : (d + 1) * H]
+
+
+def _backward_steps(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, c0: Tensor | None,
+    w_hh: Sequence[Tensor], cells: Tensor, gates: Tensor, dgates: Tensor, dh0: Tensor, dc0: Tensor,
+) -> None:  # fmt: skip
+    D, T, B, H4 = gates.shape
+    H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], cells.dtype
+    cell = _native.module().lstm_cell_backward
+    device, stream = _stream(gates)
+    size, state_size = gates.element_size(), state.itemsize
+    for d in range(D):
+        w = w_hh[d]
+        own_dgates = dgates[d].unbind(0)
+        c_first = None if c0 is None else c0[d].to(state)
+        dh = None if dh_n is None else dh_n[d]
+        dc = torch.zeros(B, H, dtype=state, device=gates.device)
+        if dc_n is not None:
+            dc.copy_(dc_n[d])
+        for s in range(T):
+            t = T - 1 - s if d == 0 else s
+            row = (t * B * D + d) * H
+            if s < T - 1:
+                earlier = row - B * D * H if d == 0 else row + B * D * H
+                c_prev, c_prev_stride = cells.data_ptr() + earlier * state_size, D * H
+            else:
+                c_prev, c_prev_stride = (0 if c_first is None else c_first.data_ptr()), H
+            step = (d * T + t) * B * 4 * H * size
+            cell(
+                code, B, H, gates.data_ptr() + step, c_prev, c_prev_stride, cells.data_ptr() + row * state_size, D * H,
+                0 if dy is None else dy.data_ptr() + row * size, D * H,
+                0 if dcells is None else dcells.data_ptr() + row * state_size, D * H,
+                0 if dh is None else dh.data_ptr(), dc.data_ptr(), dgates.data_ptr() + step, device, stream,
+            )  # fmt: skip
+            dh = torch.mm(own_dgates[t], w)
+        dh0[d] = dh
+        dc0[d] = dc
