@@ -46,7 +46,7 @@ def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'sora_kernels[models]'") from error
 
-    width, left, right = 12.0, 0.85, 0.95
+    width, left, right = 12.0, 0.85, 1.0
     span = width - left - right
     strips = [_strip_height(panel, span) for panel in panels]
     head, heat, gap, foot = 1.05, 1.75, 0.95, 0.1
@@ -71,47 +71,51 @@ def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None
         image = _draw_heat(heat_axes, panel)
         scale = figure.colorbar(image, cax=axes(left + span + 0.14, y + strip + 0.05, 0.12, heat))
         _style(scale.ax)
-        scale.set_ticks([-2, 0, 2], labels=["low", "median", "high"])
+        scale.set_ticks([0, 0.5, 1], labels=["lowest", "median", "highest"])
         y += strip + heat + gap
     text(left, height - 0.22, footnote, color=_SOFT, fontsize=8.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor=_PAPER)
 
 
+def _strip(panel: Panel) -> Tensor:
+    """The thumbnails side by side, a thin edge between them, uint8 [H, W, 3]."""
+    paper = [int(_PAPER[i : i + 2], 16) for i in (1, 3, 5)]
+    edge = torch.tensor(paper, dtype=torch.uint8).expand(_THUMB_HEIGHT, 4, 3)
+    return torch.cat([part for picture in panel.thumbnails for part in (picture, edge)][:-1], 1)
+
+
 def _strip_height(panel: Panel, span: float) -> float:
-    high, wide = panel.thumbnails[0].shape[:2]
-    return min(2.4, span / len(panel.thumbnails) * high / wide)
+    high, wide, _ = _strip(panel).shape
+    return min(2.4, span * high / wide)
 
 
 def _draw_strip(axes: Any, panel: Panel) -> None:
-    edge = torch.full((_THUMB_HEIGHT, 4, 3), 0, dtype=torch.uint8)
-    edge[:] = torch.tensor([int(_PAPER[i : i + 2], 16) for i in (1, 3, 5)], dtype=torch.uint8)
-    parts = [part for picture in panel.thumbnails for part in (picture, edge)][:-1]
-    axes.imshow(torch.cat(parts, 1).numpy(), aspect="auto", interpolation="lanczos")
+    axes.imshow(_strip(panel).numpy(), interpolation="lanczos")
+    axes.set_anchor("W")
     axes.set_axis_off()
 
 
 def _draw_heat(axes: Any, panel: Panel) -> Any:
-    """Features in units of their own spread, ordered by the moment about which they are high.
+    """Each feature's moments ranked from lowest to highest, rows ordered by when they are high.
 
-    Quantiles set the units, so that the start-up from a zero state does not drown the rest.
+    Ranks, because the start-up from a zero state is so much larger than what follows it.
     """
     features = panel.features.float()
-    low, middle, high = features.quantile(torch.tensor([0.1, 0.5, 0.9]), 0, keepdim=True)
-    features = (features - middle) / (high - low).clamp_min(1e-12) * 2
-    steps = torch.arange(len(features), dtype=features.dtype)
-    weights = features.clamp(0, 2).square()
-    centre = (weights * steps[:, None]).sum(0) / weights.sum(0).clamp_min(1e-12)
-    ordered = features[:, centre.argsort(stable=True)].T
+    steps = len(features)
+    ranks = features.argsort(0).argsort(0) / max(1, steps - 1)
+    weights = ranks.pow(6)
+    centre = (weights * torch.arange(steps)[:, None]).sum(0) / weights.sum(0).clamp_min(1e-12)
+    ordered = ranks[:, centre.argsort(stable=True)].T
     unit = panel.seconds_per_frame or 1.0
     image = axes.imshow(
         ordered.numpy(),
         aspect="auto",
         cmap="magma",
-        vmin=-2,
-        vmax=2,
+        vmin=0,
+        vmax=1,
         interpolation="nearest",
-        extent=(0, len(features) * unit, features.shape[1], 0),
+        extent=(0, steps * unit, features.shape[1], 0),
     )
     axes.set_xlabel("time, s" if panel.seconds_per_frame else "frame", fontsize=9.5)
     axes.set_ylabel("feature", fontsize=9.5)

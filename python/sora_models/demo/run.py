@@ -80,8 +80,8 @@ def run(options: DemoOptions) -> bool:
             picture,
             title="What a Sora CRNN carries from frame to frame",
             footnote=(
-                "Rows: the LSTM's hidden units after each frame, each in its own units, ordered by "
-                f"when it is high. Untrained weights, seed {options.seed}."
+                "Rows: the LSTM's hidden units after each frame, ranked over the clip and ordered "
+                f"by when they are high. Untrained weights, seed {options.seed}."
             ),
         )
 
@@ -132,7 +132,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
-        " ".join(
+        "  ".join(
             c.rjust(n) if i else c.ljust(n)
             for i, (c, n) in enumerate(zip(line, widths, strict=True))
         )
