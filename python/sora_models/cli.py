@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from sora_models.demo import DemoOptions, run
+    from sora_models.demo.run import DemoOptions, run
 
     options = DemoOptions(
         clips=arguments.clips,
@@ -72,7 +72,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from sora_models.demo.run import table
+    from sora_models._text import table
     from sora_models.layers import load, missing
     from sora_models.registry import list_models, model_class, parameter_count
 
@@ -82,7 +82,7 @@ def _models(arguments: argparse.Namespace) -> int:
         needed = model.layers_used(model.config_class())
         builds = [backend for backend in BACKENDS if not missing(load(backend), needed)]
         rows.append([name, f"{parameter_count(name):,}", ", ".join(builds), ", ".join(needed)])
-    print(table(["model", "parameters", "builds", "layers"], rows))
+    print(table(["model", "parameters", "builds", "layers"], rows, left=(0, 2, 3)))
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sora_models._extras import require
+
 
 class VideoError(ValueError):
     """A file that cannot be decoded. The message is ``path: what is wrong``."""
@@ -154,10 +156,4 @@ def _reason(error: BaseException) -> str:
 
 
 def _av() -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "decoding video needs PyAV: pip install 'sora_kernels[models]'"
-        ) from error
-    return av
+    return require("av", "decoding video")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_models._extras import require
 from sora_models.data import iter_frames, probe
 
 STRIP = 8
@@ -40,19 +41,16 @@ def thumbnails(path: str | Path, frames: int, stride: int) -> list[Tensor]:
 
 def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None:
     """Writes a PNG. Raises ImportError where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'sora_kernels[models]'") from error
+    agg = require("matplotlib.backends.backend_agg", "drawing")
+    matplotlib_figure = require("matplotlib.figure", "drawing")
 
     width, left, right = 12.0, 0.85, 1.0
     span = width - left - right
     strips = [_strip_height(panel, span) for panel in panels]
     head, heat, gap, foot = 1.05, 1.75, 0.95, 0.1
     height = head + sum(strip + heat + gap for strip in strips) + foot
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=_PAPER)
-    FigureCanvasAgg(figure)
+    figure = matplotlib_figure.Figure(figsize=(width, height), dpi=150, facecolor=_PAPER)
+    agg.FigureCanvasAgg(figure)
 
     def axes(x: float, y: float, w: float, h: float) -> Any:
         """Axes by inches from the top left."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sora_models._extras import require
+from sora_models._text import table
 from sora_models.data import SAMPLE_CLIPS, VideoInfo, decode, find_clip, probe, to_clip
 from sora_models.demo import figure, memory
 from sora_models.demo.compare import Comparison, build_pair, calibrate, compare
@@ -45,12 +47,12 @@ def run(options: DemoOptions) -> bool:
 
     Raises VideoError before anything is computed where a clip cannot be decoded.
     """
-    from tqdm import tqdm
-
     device = torch.device(options.device)
     paths = [find_clip(clip) for clip in options.clips]
     steps = ("fp64 truth", "check", "time")
-    bar = tqdm(total=len(paths) * (1 + len(steps)) + 2, unit="step", leave=False)
+    bar = require("tqdm", "the demo").tqdm(
+        total=len(paths) * (1 + len(steps)) + 2, unit="step", leave=False
+    )
 
     def step(name: str, what: str) -> None:
         bar.set_description(f"{name}: {what}")
@@ -91,7 +93,7 @@ def run(options: DemoOptions) -> bool:
     print(
         f"\nerror: largest of logits and features, against plain PyTorch in fp64; "
         f"time: median of {options.rounds} warm interleaved runs on {_machine(device)}; "
-        f"peak memory: {memory.METHODS[device.type]}"
+        f"peak memory: {memory.METHODS.get(device.type, 'not measured')}"
     )
     for operator, taken in _operators(results).items():
         print(f"{operator} ran on {', '.join(taken)}")
@@ -125,20 +127,6 @@ def row(clip: Clip, result: Comparison, *peaks: int | None) -> list[str]:
         f"{first / second:.2f}x",
         *("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks),
     ]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Text columns, the first to the left, the others to the right."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(
-            c.rjust(n) if i else c.ljust(n)
-            for i, (c, n) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([text[0], "  ".join("-" * n for n in widths), *text[1:]])
 
 
 def _operators(results: Sequence[Comparison]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_models import layers as layer_builds
+from sora_models._extras import require
 from sora_models.models._config import Config
 
 CONFIG_FILE = "config.json"
@@ -68,13 +69,7 @@ class SoraModel(nn.Module):
 
 
 def safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "saving and loading models needs safetensors: pip install 'sora_kernels[models]'"
-        ) from error
-    return safetensors.torch
+    return require("safetensors.torch", "saving and loading models")
 
 
 def check_clip(clip: Tensor, channels: int) -> None:

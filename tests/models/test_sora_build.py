@@ -1,0 +1,130 @@
+"""The models built from ``sora_kernels`` against the plain PyTorch ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import sora_models
+from sora_kernels.testing import assert_close, assert_within_2x
+from sora_models.layers import load, missing
+from sora_models.registry import model_class
+
+# Every model and config that both builds have today.
+PAIRS = [("crnn", {}), ("enhancer", {"cell": "pixel_lstm"}), ("enhancer", {"cell": "conv_lstm"})]
+
+
+def pair(tiny, name, config):
+    plain = tiny(name, "torch", **config)
+    sora = tiny(name, "sora", **config)
+    assert list(sora.state_dict()) == list(plain.state_dict())
+    sora.load_state_dict(plain.state_dict())
+    return plain, sora
+
+
+def outputs(model, clip):
+    out = model(clip)
+    return {"logits": out} if isinstance(out, torch.Tensor) else out._asdict()
+
+
+@pytest.mark.parametrize("name, config", PAIRS)
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_and_every_gradient(tiny, name, config, training):
+    plain, sora = (model.train(training) for model in pair(tiny, name, config))
+    truth = copy.deepcopy(plain).double()
+    data = torch.rand(2, 3, 5, 9, 11)
+    weights: dict[str, torch.Tensor] = {}
+    found = []
+    for model in (truth, plain, sora):
+        clip = data.to(next(model.parameters()).dtype).requires_grad_()
+        results = outputs(model, clip)
+        for key, value in results.items():
+            weights.setdefault(key, torch.randn(value.shape))
+        sum((value * weights[key].to(value)).sum() for key, value in results.items()).backward()
+        gradients = {key: p.grad for key, p in model.named_parameters()} | {"clip": clip.grad}
+        found.append((results, gradients, dict(model.named_buffers())))
+    (want, want_grad, want_buffers), (other, other_grad, other_buffers), ours = found
+    for key, value in ours[0].items():
+        assert_within_2x(value, other[key], want[key], name=key)
+    for key, gradient in ours[1].items():
+        assert_within_2x(gradient, other_grad[key], want_grad[key], name=key, kink=True)
+    for key, buffer in ours[2].items():
+        if buffer.is_floating_point():
+            assert_within_2x(buffer, other_buffers[key], want_buffers[key], name=key)
+        else:
+            assert torch.equal(buffer, other_buffers[key]), key
+
+
+@pytest.mark.parametrize("name, config", PAIRS)
+def test_twenty_training_steps(tiny, name, config):
+    plain, sora = pair(tiny, name, config)
+    data = torch.rand(20, 2, 3, 3, 7, 8)
+    labels = torch.randint(0, 3, (20, 2))
+    losses = []
+    for model in (plain, sora):
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        steps = []
+        for clip, label in zip(data, labels, strict=True):
+            loss = torch.nn.functional.cross_entropy(outputs(model, clip)["logits"], label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps.append(loss.detach())
+        losses.append(torch.stack(steps))
+    assert_close(losses[1], losses[0], "training_fp32", name="losses")
+    initial = tiny(name, "torch", **config).state_dict()
+    for key, value in sora.state_dict().items():
+        if value.is_floating_point():
+            assert_close(value, plain.state_dict()[key], "training_fp32", name=key)
+    assert not torch.equal(initial["cnn.0.conv.weight"], sora.state_dict()["cnn.0.conv.weight"])
+
+
+@pytest.mark.parametrize("b, t, h, w", [(1, 1, 7, 5), (1, 4, 1, 1), (3, 2, 5, 8)])
+def test_odd_clips(tiny, b, t, h, w):
+    plain, sora = (model.eval() for model in pair(tiny, "crnn", {}))
+    clip = torch.rand(b, 3, t, h, w)
+    with torch.no_grad():
+        assert_close(sora(clip), plain(clip), "composition_fp32")
+        assert_close(sora.features(clip), plain.features(clip), "composition_fp32")
+
+
+def test_fp64(tiny):
+    plain, sora = (model.double().eval() for model in pair(tiny, "crnn", {}))
+    clip = torch.rand(2, 3, 3, 8, 8, dtype=torch.float64)
+    assert_close(sora(clip), plain(clip), "transform_fp64")
+
+
+def test_either_build_reads_what_the_other_saved(tiny, tmp_path):
+    pytest.importorskip("safetensors")
+    for writer, reader in (("torch", "sora"), ("sora", "torch")):
+        model = tiny("crnn", writer).eval()
+        model.save_pretrained(tmp_path / writer)
+        loaded = sora_models.from_pretrained(tmp_path / writer, reader)
+        clip = torch.rand(1, 3, 3, 8, 8)
+        with torch.no_grad():
+            assert_close(loaded(clip), model(clip), "composition_fp32")
+
+
+@pytest.mark.parametrize("name", sora_models.list_models())
+def test_a_layer_that_is_not_there_is_named(name):
+    """Builds exactly where its layers exist; else one error names the missing ones."""
+    model = model_class(name)
+    absent = missing(load("sora"), model.layers_used(model.config_class()))
+    if not absent:
+        sora_models.build(name, "sora")
+        return
+    with pytest.raises(NotImplementedError) as raised:
+        sora_models.build(name, "sora")
+    assert str(raised.value) == (
+        f"{name} with this config needs {', '.join(absent)}, which backend 'sora' does not have; "
+        "backends that have it: 'torch'"
+    )
+
+
+def test_a_missing_layer_is_named_without_building(monkeypatch):
+    layers = load("sora")
+    monkeypatch.delattr(layers, "LSTM")
+    with pytest.raises(NotImplementedError, match="crnn with this config needs LSTM, which"):
+        sora_models.build("crnn", "sora")
