@@ -123,6 +123,9 @@ def test_a_bad_device_is_one_line(write_video, moving_square, capsys):
     assert main(["demo", str(path), "--device", "abacus"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sora: error: ") and "abacus" in error
+    if not torch.cuda.is_available():
+        assert main(["demo", str(path), "--device", "cuda"]) == 2
+        assert "device: torch sees no CUDA device here" in capsys.readouterr().err
 
 
 def test_models_lists_them(capsys):

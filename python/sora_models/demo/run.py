@@ -48,6 +48,8 @@ def run(options: DemoOptions) -> bool:
     Raises VideoError before anything is computed where a clip cannot be decoded.
     """
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: torch sees no CUDA device here; got {options.device!r}")
     paths = [find_clip(clip) for clip in options.clips]
     steps = ("fp64 truth", "check", "time")
     bar = require("tqdm", "the demo").tqdm(

@@ -108,7 +108,8 @@ class ShiftedWindowAttention3d(nn.Module):
         """The table laid out for a (clipped) window, [heads, n, n]."""
         n = math.prod(window)
         if self.bias_index == "exact" and window != self.window_size:
-            index = offset_index(window, self.window_size).to(self.relative_position_index.device)
+            device = self.relative_position_index.device
+            index = offset_index(window, self.window_size, device)
         else:
             index = self.relative_position_index[:n, :n]
         return self.relative_position_bias_table[index].permute(2, 0, 1)
@@ -134,12 +135,14 @@ def fit(size: Sequence[int], window: Size3, shift: Size3) -> tuple[Size3, Size3]
     return clipped, kept  # type: ignore[return-value]
 
 
-def offset_index(window: Size3, table_window: Size3) -> Tensor:
+def offset_index(window: Size3, table_window: Size3, device: torch.device | None = None) -> Tensor:
     """Row of the bias table for each pair of slots of ``window``, int64 [n, n]."""
-    slots = torch.cartesian_prod(*(torch.arange(w) for w in window))
-    offsets = slots[:, None] - slots[None, :] + torch.tensor([w - 1 for w in table_window])
-    _, high, wide = (2 * w - 1 for w in table_window)
-    return (offsets[..., 0] * high + offsets[..., 1]) * wide + offsets[..., 2]
+    slots = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
+    offsets = slots[:, None] - slots[None, :]
+    rows = torch.zeros_like(offsets[..., 0])
+    for axis, w in enumerate(table_window):
+        rows = rows * (2 * w - 1) + offsets[..., axis] + w - 1
+    return rows
 
 
 def partition(x: Tensor, window: Size3) -> Tensor:
