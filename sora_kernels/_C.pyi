@@ -1,4 +1,8 @@
-"""C++ and CUDA kernels. Addresses are ``Tensor.data_ptr()``; 0 is the null pointer."""
+"""C++ and CUDA kernels: csrc/<op>/<op>.h documents each function's shapes and layouts.
+
+Addresses are ``Tensor.data_ptr()``, 0 is the null pointer; ``threads`` is
+``_native.num_threads()``; ``device`` is a CUDA index, -1 the CPU; ``stream`` a raw stream handle.
+"""
 
 from typing import Any
 
@@ -7,3 +11,75 @@ def openmp_max_threads() -> int: ...
 def openmp_team_size(threads: int) -> int: ...
 def cuda_driver_version() -> int:
     """Only in a build with CUDA."""
+
+def lstm_cpu_isa() -> str: ...
+def lstm_forward_cpu(
+    dtype: int,
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    gates: int,
+    w_hh: int,
+    w_hh_reverse: int,
+    h0: int,
+    c0: int,
+    y: int,
+    cells: int,
+    h_n: int,
+    c_n: int,
+    threads: int,
+) -> None: ...
+def lstm_backward_cpu(
+    dtype: int,
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    gates: int,
+    cells: int,
+    w_hh: int,
+    w_hh_reverse: int,
+    c0: int,
+    dy: int,
+    dcells: int,
+    dh_n: int,
+    dc_n: int,
+    dgates: int,
+    dh0: int,
+    dc0: int,
+    threads: int,
+) -> None: ...
+def lstm_cell_forward(
+    dtype: int,
+    B: int,
+    H: int,
+    gates: int,
+    c_prev: int,
+    c_prev_stride: int,
+    c: int,
+    c_stride: int,
+    h: int,
+    h_stride: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def lstm_cell_backward(
+    dtype: int,
+    B: int,
+    H: int,
+    gates: int,
+    c_prev: int,
+    c_prev_stride: int,
+    c: int,
+    c_stride: int,
+    dy: int,
+    dy_stride: int,
+    dcell: int,
+    dcell_stride: int,
+    dh: int,
+    dc: int,
+    dgates: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).absolute().parent
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 
@@ -172,7 +172,8 @@ def num_threads() -> int:
 
 @cache
 def _load() -> tuple[Status, ModuleType | None]:
-    if importlib.util.find_spec("sora_kernels._C") is None:
+    # An editable install elsewhere also answers for this name: only this package's own file counts.
+    if importlib.machinery.PathFinder.find_spec("sora_kernels._C", [str(PACKAGE)]) is None:
         return _not_found(), None
     # torch's OpenMP runtime must be in the process first: two of them fight for the cores.
     import torch  # noqa: F401
@@ -197,8 +198,9 @@ def _not_found() -> Status:
     if installed := _shadowed():
         return Status(
             "absent",
-            f"the source tree {PACKAGE.parent}, which has no compiled extension, hides the "
-            f"installed {installed}: start Python elsewhere, or install the tree: pip install -e .",
+            f"the source tree in {PACKAGE.parent}, which has no compiled extension, hides the "
+            f"installed {installed}: start Python elsewhere, or build in the tree: "
+            "pip install -e .",
         )
     return Status(
         "absent",
@@ -210,12 +212,11 @@ def _not_found() -> Status:
 def _shadowed() -> Path | None:
     """Folder of another, installed ``sora_kernels`` that has an extension."""
     for distribution in metadata.distributions(name="sora_kernels"):
-        folder = Path(str(distribution.locate_file("sora_kernels"))).resolve()
-        if folder != PACKAGE and any(
-            (folder / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES
-        ):
+        folder = Path(str(distribution.locate_file("sora_kernels")))
+        if importlib.machinery.PathFinder.find_spec("sora_kernels._C", [str(folder)]) is not None:
             return folder
-    return None
+    found = importlib.util.find_spec("sora_kernels._C")  # through an editable install's finder
+    return Path(found.origin).parent if found is not None and found.origin is not None else None
 
 
 def _reinstall() -> str:

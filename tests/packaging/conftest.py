@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -64,9 +65,11 @@ class Result:
             return wheel.namelist()
 
 
-def run_python(code: str, *args: str, cwd: Path, timeout: float = 120, **env: str) -> Result:
-    """Runs ``code`` in a fresh interpreter."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+def run_python(
+    code: str, *args: str, cwd: Path, site: bool = True, timeout: float = 120, **env: str
+) -> Result:
+    """Runs ``code`` in a fresh interpreter, ``site=False``: one that sees no installed package."""
+    command = [sys.executable, *([] if site else ["-S"]), "-c", textwrap.dedent(code), *args]
     return Result(
         subprocess.run(
             command, cwd=cwd, env=clean_env(**env), capture_output=True, text=True, timeout=timeout
@@ -205,6 +208,12 @@ def small_tree(root: Path, tmp_path: Path, build_tools: None, cxx) -> Tree:
 
 
 @pytest.fixture
+def environment() -> Callable[..., dict[str, str]]:
+    """``environment(**more)``: the process's own, without what steers builds and imports."""
+    return clean_env
+
+
+@pytest.fixture
 def no_nvcc(tmp_path: Path) -> dict[str, str]:
     """Environment of a machine without the CUDA toolkit."""
     return {"CUDA_HOME": str(tmp_path / "no-cuda")}
@@ -218,39 +227,51 @@ def no_cxx() -> dict[str, str]:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., Result]:
-    """``python(code, *args, cwd=..., timeout=..., **env)`` in a fresh interpreter, elsewhere."""
-
-    def call(code: str, *args: str, cwd: Path = tmp_path, **options) -> Result:
-        return run_python(code, *args, cwd=cwd, **options)
-
-    return call
+    """``python(code, *args, **options_of_run_python)``, by default in an empty folder."""
+    return functools.partial(run_python, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
-def sdist(root: Path, build_tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's source distribution, made from a copy of the tree and unpacked."""
-    base = tmp_path_factory.mktemp("sdist")
-    skipped = shutil.ignore_patterns(
-        ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".*"
-    )
-    shutil.copytree(root, base / "tree", ignore=skipped)
-    result = Tree(base / "tree").build("none", "build_sdist")
+def python_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """``python`` for fixtures of a wider scope."""
+    return functools.partial(run_python, cwd=tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture(scope="session")
+def copied(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree, with nothing that was built in it."""
+    copy = tmp_path_factory.mktemp("copied") / "tree"
+    skipped = shutil.ignore_patterns("build", "dist", "*.egg-info", "*.so", "__pycache__", ".*")
+    shutil.copytree(root, copy, ignore=skipped)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def sdist(copied: Path, build_tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's source distribution, unpacked."""
+    result = Tree(copied).build("none", "build_sdist")
     assert result.ok, result.text
     assert result.artifact is not None
-    shutil.unpack_archive(result.artifact, base / "unpacked", filter="data")
-    (unpacked,) = (base / "unpacked").iterdir()
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.unpack_archive(result.artifact, folder, filter="data")
+    (unpacked,) = folder.iterdir()
     return unpacked
 
 
 @pytest.fixture(scope="session")
-def wheel(sdist: Path, cxx) -> Result:
-    """The project's wheel, CPU part only, made from its sdist."""
-    result = Tree(sdist).build("cpu")
+def wheel_tree(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(Path(shutil.copytree(sdist, tmp_path_factory.mktemp("wheel") / "tree")))
+
+
+@pytest.fixture(scope="session")
+def wheel(wheel_tree: Tree, cxx) -> Result:
+    """The project's wheel, made from its sdist: CPU part only, not optimised, to be quick."""
+    result = wheel_tree.build("cpu", CXXFLAGS="-O0")
     assert result.ok, result.text
     return result
 
 
 @pytest.fixture(scope="session")
-def site(sdist: Path, wheel: Result) -> Path:
+def site(wheel_tree: Tree, wheel: Result) -> Path:
     """The wheel, installed in a folder of its own."""
-    return Tree(sdist).unpack(wheel)
+    return wheel_tree.unpack(wheel)
