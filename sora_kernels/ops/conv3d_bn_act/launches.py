@@ -1,0 +1,137 @@
+"""Every kernel through its launcher, for one layer: what ``audit`` compiles and ``tune`` times."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..._launches import Launch
+from . import kernels
+from .arguments import output_shape, triple
+
+OP = kernels.OP
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GATED_LAYERS = ("r3d_18.layer1",)
+
+# Configs that ``tune`` tries, by layout.
+CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
+    "channels_last": {
+        "BLOCK_M": (16, 32, 64, 128), "BLOCK_C": (32, 64, 128), "ITERATIONS": (1, 4, 16, 64),
+        "num_warps": (4, 8),
+    },
+    "contiguous": {
+        "BLOCK_M": (512, 1024, 2048, 4096), "BLOCK_C": (1,), "ITERATIONS": (1, 2, 4, 8),
+        "num_warps": (4, 8),
+    },
+}  # fmt: skip
+
+
+def launches(
+    layer: str, shape: dict[str, Any], *, device: str, gated: bool = False
+) -> Iterator[Launch]:
+    """The launches of one layer of ``shapes.yaml``.
+
+    Args:
+        device: ``"meta"`` or ``"cuda"``.
+        gated: only those that the test command compiles: one of each specialisation.
+    """
+    if gated and layer not in GATED_LAYERS:
+        return
+    size = _output(shape)
+    for layout, memory_format in (
+        ("channels_last", torch.channels_last_3d),
+        ("contiguous", torch.contiguous_format),
+    ):
+        for name, dtype in DTYPES.items():
+            plain = gated and (name == "fp32" or layout == "contiguous")
+            if plain and name == "fp32" and layout == "contiguous":
+                continue
+            y, residual, dz = (
+                _dense(size, dtype, memory_format, device, shift) for shift in (0.5, -0.2, 0.0)
+            )
+            key = {"layout": layout, "channels": size[1], "itemsize": dtype.itemsize}
+            for variant, names, run in _variants(y, residual, dz):
+                if not plain or variant in ("statistics", "forward", "backward"):
+                    yield Launch(f"{layer}, {layout}, {name}, {variant}", names, key, run)
+
+
+def _variants(
+    y: Tensor, residual: Tensor, dz: Tensor
+) -> Iterator[tuple[str, tuple[str, ...], Callable[[], tuple[Tensor | None, ...]]]]:
+    channels = y.shape[1]
+    vectors = torch.linspace(0.5, 1.5, 2 * channels, device=y.device).view(2, channels)
+    mean, var = vectors
+    weight, bias = vectors.flip(1)
+    relu: dict[str, Any] = {"activation": "relu", "negative_slope": 0.01}
+    forward, reduce = ("_bn_act_fwd_kernel",), "_bn_act_bwd_reduce_kernel"
+    backward = (reduce, "_bn_act_bwd_apply_kernel")
+
+    def fwd(extra: Tensor | None, is_var: bool) -> Callable[[], tuple[Tensor | None, ...]]:
+        return lambda: (
+            kernels.launch_fwd(
+                y, extra, mean, var, weight, bias, eps=1e-5, invstd_is_var=is_var, **relu
+            ),
+        )
+
+    def bwd(
+        other: Tensor | None, mask: str, activation: str
+    ) -> Callable[[], tuple[Tensor | None, ...]]:
+        return lambda: kernels.launch_bwd(
+            dz, y, other, mean, var, weight, bias, mask=mask, activation=activation,
+            negative_slope=0.01, batch_stats=True, needs_dy=True,
+            needs_dresidual=other is not None, needs_parameters=True,
+        )  # fmt: skip
+
+    running = mean.clone(), var.clone()
+    yield (
+        "statistics",
+        ("_bn_stats_kernel",),
+        lambda: kernels.launch_stats(y, None, *running, 0.1, 1e-5),
+    )
+    yield "forward", forward, fwd(None, False)
+    yield "forward, residual", forward, fwd(residual, False)
+    yield "evaluation", forward, fwd(None, True)
+    yield "backward", backward, bwd(None, "y", "relu")
+    yield "backward, residual", backward, bwd(residual, "output", "relu")
+    yield "backward, residual, silu", backward, bwd(residual, "residual", "silu")
+
+
+@contextlib.contextmanager
+def as_on(arch: str) -> Iterator[None]:
+    """Plans inside are those of ``arch`` (``"sm90"``), whatever device the tensors are on."""
+    with mock.patch.object(kernels, "arch_of", lambda device: arch):
+        yield
+
+
+def forget_plans() -> None:
+    """After a change of the configs."""
+    kernels.plan.cache_clear()
+
+
+def _output(shape: dict[str, Any]) -> list[int]:
+    x = torch.empty(shape["batch"], *shape["input"], device="meta")
+    groups = shape.get("groups", 1)
+    kernel = triple("kernel", shape["kernel"], 1)
+    weight = torch.empty(shape["channels"], x.shape[1] // groups, *kernel, device="meta")
+    stride, padding = shape.get("stride", 1), shape.get("padding", 0)
+    return list(
+        output_shape(
+            x,
+            weight,
+            triple("stride", stride, 1),
+            triple("padding", padding, 0),
+            triple("dilation", 1, 1),
+        )
+    )
+
+
+def _dense(
+    size: list[int], dtype: torch.dtype, memory_format: Any, device: str, shift: float
+) -> Tensor:
+    t = torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+    return t if device == "meta" else t.normal_().add_(shift)

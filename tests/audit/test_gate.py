@@ -1,0 +1,88 @@
+"""The gate: kernels compiled for sm_90 against the committed table. The compiler runs in a process
+without the
+interpreter; its rows are kept until a source, a config or a tool changes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sora_kernels import audit
+
+ARCH = "sm_90"
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.audit
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", "sora_kernels.audit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def rows(request):
+    for name, cure in (("triton", "pip install triton"), ("yaml", "pip install pyyaml")):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: {cure}")
+    cache = request.config.cache.mkdir("sora_audit")
+    done = run("--arch", ARCH, "--gate", "--json", "--cache", str(cache))
+    if done.returncode not in (0, 1):
+        pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)[ARCH]
+
+
+def test_every_kernel_was_compiled(rows):
+    from sora_kernels.ops.conv3d_bn_act import kernels
+
+    compiled = {name.split()[1] for found in rows.values() for name in found}
+    triton = {
+        name for name in vars(kernels) if name.endswith("_kernel") and name.startswith("_bn_")
+    }
+    assert len(triton) == 6 and triton <= compiled
+
+
+def test_no_spills(rows):
+    assert [line for found in rows.values() for line in audit.spilled(found)] == []
+
+
+def test_against_the_table(rows):
+    table, compared = audit.table(ARCH), []
+    for toolchain, found in rows.items():
+        if toolchain in table:
+            compared.append(toolchain)
+            assert audit.regressions(found, table[toolchain]) == []
+    if not any(name.startswith("triton") for name in compared):
+        known = ", ".join(sorted(table))
+        pytest.skip(
+            f"no committed rows for {', '.join(rows)} (only for {known}): spills alone were checked"
+        )
+
+
+def test_the_interpreter_is_refused():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = run("--arch", ARCH, TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr and "env -u TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "sm_42"), "arch: expected one of sm_80"),
+        (("--arch", ARCH, "--op", "conv2d"), "op: expected one of conv3d_bn_act"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
