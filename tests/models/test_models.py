@@ -160,6 +160,19 @@ def test_crnn_variants(tiny, norm, cell):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_crnn_is_its_stock_modules(tiny):
+    model = tiny("crnn").double().eval()
+    clip = torch.rand(2, 3, 4, 6, 5, dtype=torch.float64)
+    frames = []
+    for frame in clip.unbind(2):  # 2-D, frame by frame, as the article has it
+        for layer in model.cnn:
+            frame = torch.nn.functional.conv2d(frame, layer.conv.weight[:, :, 0], padding=1)
+            frame = (frame / (1 + layer.bn.eps) ** 0.5).clamp_min(0)
+        frames.append(frame.mean((2, 3)))
+    _, (h_n, _) = model.rnn(torch.stack(frames, 1))
+    assert_close(model(clip), h_n[-1] @ model.fc.weight.T + model.fc.bias, "transform_fp64")
+
+
 def test_crnn_reads_the_last_step(tiny):
     model, clip = tiny("crnn").eval(), torch.rand(2, 3, 6, 8, 8)
     assert torch.equal(model(clip), model.fc(model.features(clip)[:, -1]))
@@ -197,6 +210,20 @@ def test_conv_lstm_on_one_pixel_is_an_lstm(tiny):
         assert_close(conv(x)[..., 0, 0], expected, "transform_fp64")
 
 
+def test_enhancer_adds_its_residual_to_the_clip(tiny):
+    model, clip = tiny("enhancer"), torch.rand(2, 3, 2, 5, 4)
+    torch.nn.init.zeros_(model.residual.weight)
+    torch.nn.init.constant_(model.residual.bias, 0.25)
+    assert torch.equal(model(clip).enhanced, clip + 0.25)
+
+
+def test_autoencoder_blocks_carry_their_input(tiny):
+    block = tiny("autoencoder").eval().blocks[0]
+    torch.nn.init.zeros_(block.conv2.conv.weight)
+    x = torch.randn(1, 6, 2, 3, 3)
+    assert torch.equal(block(x), x.relu())  # a fresh BatchNorm in eval keeps zeros
+
+
 def test_enhancer_heads_can_be_left_out(tiny):
     out = tiny("enhancer", num_classes=0, num_targets=0)(torch.rand(2, 3, 2, 4, 4))
     assert out.logits is None and out.values is None
@@ -229,6 +256,25 @@ def test_pyramid_has_twenty_levels():
     assert len(found) == len(set(found)) == 20
     assert found[:4] == [(None, 1, 1), (None, 2, 2), (None, 4, 4), (None, 8, 8)]
     assert set(found[4:]) == {(t, s, s) for t in (1, 2, 4, 8) for s in (1, 2, 4, 8)}
+
+
+def test_every_second_pyramid_block_shifts(tiny):
+    blocks = tiny("pyramid_transformer", depth=3, window_size=(2, 5, 4)).blocks
+    assert [b.attn.shift_size for b in blocks] == [(0, 0, 0), (1, 2, 2), (0, 0, 0)]
+
+
+def test_pyramid_without_blocks_is_its_pools(tiny):
+    """Levels, their order and the fusion, with the attention taken out."""
+    model = tiny("pyramid_transformer", pool_mode="avg").double().eval()
+    model.blocks = torch.nn.Identity()
+    clip = torch.rand(2, 3, 5, 8, 6, dtype=torch.float64)
+    tokens = model.patch_norm(model.patch_embedding(clip).movedim(1, -1)).movedim(-1, 1)
+    parts = []
+    for t, s in [(5, 1), (5, 3), (1, 1), (2, 1), (1, 3), (2, 3)]:
+        level = torch.nn.functional.adaptive_avg_pool3d(tokens, (t, s, s))
+        parts.append(model.norm(level.flatten(2).mT).mean(1))
+    expected = model.head(model.fuse(torch.cat(parts, 1)))
+    assert_close(model(clip), expected, "transform_fp64")
 
 
 def test_vaegan_latent_is_at_most_one_48th():
