@@ -41,7 +41,7 @@ const LstmKernels* kernels_for(DType dtype) {
   return lstm_kernels_generic(dtype);
 }
 
-// One block of scratch memory, handed out in 64-byte aligned pieces: reserve all, allocate, then take in the same order.
+// One block of scratch memory, handed out in 64-byte aligned pieces: reserve all, allocate, take in the same order.
 class Scratch {
  public:
   ~Scratch() { std::free(base_); }
@@ -62,7 +62,8 @@ class Scratch {
 // Runs visit(part) on the parts that this thread owns. By rows: the D directions x row groups are dealt out as
 // consecutive slots. By units: all rows of both directions, a range of units.
 template <class Visit>
-void for_own_parts(const Plan& plan, int thread, int team, int64_t B, int64_t H, int D, int64_t grain, const Visit& visit) {
+void for_own_parts(const Plan& plan, int thread, int team, int64_t B, int64_t H, int D, int64_t grain,
+                   const Visit& visit) {
   if (plan.share_units) {
     for (int d = 0; d < D; ++d) visit(LstmPart{d, {0, B}, part_of(H, team, thread, grain)});
     return;

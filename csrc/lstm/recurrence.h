@@ -79,6 +79,29 @@ inline __attribute__((always_inline)) void for_row_tiles(Range rows, const Tile&
   }
 }
 
+// dh of the earlier step, from the dgates of all units: the half of the backward pass that sees states only.
+template <class State, int C>
+void product(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
+  using V = typename Simd<State>::V;
+  constexpr int64_t lanes = Simd<State>::lanes;
+  const int64_t H = a.H, d = part.direction;
+  State* dh_state = static_cast<State*>(scratch.h) + d * a.B * H;
+  const State* dgates = static_cast<const State*>(scratch.dgates) + (s % 2 * a.D + d) * a.B * 4 * H;
+  for (int64_t j = part.units.begin; j < part.units.end; j += C * lanes) {
+    const State* packed = static_cast<const State*>(scratch.packed[d]) + j * 4 * H;
+    for_row_tiles(part.rows, [&](auto height, int64_t first) __attribute__((always_inline)) {
+      constexpr int R = decltype(height)::value;
+      V sum[R][C] = {};
+      accumulate(sum, packed, dgates + first * 4 * H, 4 * H, 4 * H);
+      for (int r = 0; r < R; ++r)
+        for (int64_t c = 0; c < C; ++c) {
+          const int64_t unit = j + c * lanes;
+          if (unit < H) store_n<State>(dh_state + (first + r) * H + unit, std::min(lanes, H - unit), sum[r][c]);
+        }
+    });
+  }
+}
+
 template <class Element>
 struct Recurrence {
   using S = Simd<Element>;
@@ -226,31 +249,11 @@ struct Recurrence {
       }
   }
 
-  template <int C>
-  static void product(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
-    const int64_t H = a.H, d = part.direction;
-    State* dh_state = static_cast<State*>(scratch.h) + d * a.B * H;
-    const State* dgates = static_cast<const State*>(scratch.dgates) + (s % 2 * a.D + d) * a.B * 4 * H;
-    for (int64_t j = part.units.begin; j < part.units.end; j += C * lanes) {
-      const State* packed = static_cast<const State*>(scratch.packed[d]) + j * 4 * H;
-      for_row_tiles(part.rows, [&](auto height, int64_t first) __attribute__((always_inline)) {
-        constexpr int R = decltype(height)::value;
-        V sum[R][C] = {};
-        accumulate(sum, packed, dgates + first * 4 * H, 4 * H, 4 * H);
-        for (int r = 0; r < R; ++r)
-          for (int64_t c = 0; c < C; ++c) {
-            const int64_t unit = j + c * lanes;
-            if (unit < H) store_n<State>(dh_state + (first + r) * H + unit, std::min(lanes, H - unit), sum[r][c]);
-          }
-      });
-    }
-  }
-
   static void backward_product(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
     switch (backward_columns(a.H)) {
-      case 1: return product<1>(a, scratch, part, s);
-      case 2: return product<2>(a, scratch, part, s);
-      default: return product<4>(a, scratch, part, s);
+      case 1: return product<State, 1>(a, scratch, part, s);
+      case 2: return product<State, 2>(a, scratch, part, s);
+      default: return product<State, 4>(a, scratch, part, s);
     }
   }
 

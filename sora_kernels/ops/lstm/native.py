@@ -118,9 +118,8 @@ def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor | Non
 
 
 def _worth_packing(T: int, B: int, H: int) -> bool:
-    """Whether one call of the CPU kernel beats T calls of GEMM and cell. Packing moves 4 H^2 values once; each step on
-    its own costs about 8 us of host time and GEMM's own packing."""
-    return T > 1 + H // 128
+    """Whether one call of the CPU kernel beats T calls of GEMM and cell: it packs 4 H^2 values first."""
+    return H < 192 or T > (4 if B == 1 else 2)
 
 
 def _previous_rows(y: Tensor, d: int, H: int, T: int, B: int) -> tuple[Tensor, slice]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-_lstm: Any = torch._VF.lstm  # type: ignore[attr-defined]
+# Two overloads: (x, hx, weights, ..., batch_first), and for packed data (data, batch_sizes, hx, weights, ...).
+vf_lstm: Any = torch._VF.lstm  # type: ignore[attr-defined]
 
 
 def lstm(
@@ -18,13 +19,13 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x [T, B, I] -> y [T, B, D*P], h_n, c_n. Ragged rows are sorted and packed: ``lengths`` comes to the host."""
     if lengths is None:
-        return _lstm(x, hx, weights, bias, num_layers, dropout, training, bidirectional, False)
+        return vf_lstm(x, hx, weights, bias, num_layers, dropout, training, bidirectional, False)
     host = lengths.to("cpu", torch.int64)
     # Packing refuses an empty row: it runs one step and is then put back.
     packed = pack_padded_sequence(x, host.clamp(min=1), enforce_sorted=False)
     order, back = packed.sorted_indices, packed.unsorted_indices
     hx_sorted = (hx[0].index_select(1, order), hx[1].index_select(1, order))
-    data, h_n, c_n = _lstm(
+    data, h_n, c_n = vf_lstm(
         packed.data, packed.batch_sizes, hx_sorted, weights, bias, num_layers, dropout, training, bidirectional
     )  # fmt: skip
     y, _ = pad_packed_sequence(
