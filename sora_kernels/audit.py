@@ -95,9 +95,12 @@ def require_compiler() -> None:
         )
 
 
-def _shapes(op: str) -> dict[str, dict[str, Any]]:
-    import yaml
-
+def shapes(op: str) -> dict[str, dict[str, Any]]:
+    """An operator's layers in ``benchmarks/shapes.yaml``."""
+    try:
+        import yaml
+    except ImportError:
+        raise AuditError("PyYAML is not installed: pip install pyyaml") from None
     if not SHAPES.is_file():
         raise AuditError(f"{SHAPES} is missing: the audit needs the source tree")
     return yaml.safe_load(SHAPES.read_text())[op]
@@ -106,7 +109,7 @@ def _shapes(op: str) -> dict[str, dict[str, Any]]:
 def _triton_rows(op: str, module: Any, arch: str, gated: bool) -> Iterator[tuple[str, Row]]:
     seen: set[bytes] = set()
     with _offline(arch), module.as_on(arch.replace("_", "")):
-        for layer, shape in _shapes(op).items():
+        for layer, shape in shapes(op).items():
             for launch in module.launches(layer, shape, device="meta", gated=gated):
                 with _launches.record(launch=False) as records:
                     launch.run()
