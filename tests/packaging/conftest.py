@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -70,11 +71,22 @@ def run_python(
 ) -> Result:
     """Runs ``code`` in a fresh interpreter, ``site=False``: one that sees no installed package."""
     command = [sys.executable, *([] if site else ["-S"]), "-c", textwrap.dedent(code), *args]
-    return Result(
-        subprocess.run(
-            command, cwd=cwd, env=clean_env(**env), capture_output=True, text=True, timeout=timeout
-        )
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=clean_env(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the children that it forked
+        stdout, stderr = process.communicate()
+        stderr += f"\ntimed out after {timeout} s"
+    return Result(subprocess.CompletedProcess(command, process.returncode, stdout, stderr))
 
 
 class Tree:

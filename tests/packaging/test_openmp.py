@@ -108,21 +108,18 @@ def test_data_loader_workers_run_the_native_op(python):
     said(python(LSTM + textwrap.dedent(code), PYTHONPATH=HERE, timeout=60))
 
 
-def test_plain_fork_runs_on_one_thread(python):
-    """libgomp's threads do not survive a fork, and torch's thread count does."""
+def test_plain_fork_runs_our_team_on_one_thread(python):
+    """libgomp's threads do not survive a fork, and torch's thread count does: a team would hang."""
     code = """
-    torch.set_num_threads(2)
-    torch.ones(1 << 22).mul(2)
-    run()
+    import os, torch
     from sora_kernels import _native
-    assert _native.num_threads() == 2
+    C = _native.module()
+    torch.set_num_threads(2)
+    assert C.openmp_team_size(_native.num_threads()) == 2
     child = os.fork()
     if child == 0:
-        assert torch.get_num_threads() == 2
-        assert _native.num_threads() == 1
-        run()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert _native.num_threads() == 2
+        os._exit(10 * torch.get_num_threads() + C.openmp_team_size(_native.num_threads()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 21
+    assert C.openmp_team_size(_native.num_threads()) == 2
     """
-    said(python(LSTM + textwrap.dedent(code), PYTHONPATH=HERE, timeout=60))
+    said(python(code, PYTHONPATH=HERE, timeout=60))
