@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", type=_size, default="64x64", metavar="HxW", help="frame size")
     demo.add_argument("--backend-a", choices=BACKENDS, default="torch", help="first build")
     demo.add_argument("--backend-b", choices=BACKENDS, default="sora", help="second build")
-    demo.add_argument("--out", type=Path, default=Path("sora-demo"), help="folder of the picture")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
     demo.add_argument("--device", default="cpu", help="torch device")
     demo.add_argument("--seed", type=int, default=0, help="of the weights")
     demo.add_argument("--rounds", type=_positive, default=5, help="timed runs")

@@ -29,9 +29,19 @@ def outputs(model, clip):
     return {"logits": out} if isinstance(out, torch.Tensor) else out._asdict()
 
 
+BACKENDS = [
+    "",
+    pytest.param("conv3d_bn_act=hybrid", marks=pytest.mark.triton),
+    pytest.param("lstm=native", marks=pytest.mark.native),
+    "torch",
+]
+
+
+@pytest.mark.parametrize("asked", BACKENDS)
 @pytest.mark.parametrize("name, config", PAIRS)
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_and_every_gradient(tiny, name, config, training):
+def test_outputs_and_every_gradient(tiny, monkeypatch, name, config, training, asked):
+    monkeypatch.setenv("SORA_BACKEND", asked)
     plain, sora = (model.train(training) for model in pair(tiny, name, config))
     truth = copy.deepcopy(plain).double()
     data = torch.rand(2, 3, 5, 9, 11)

@@ -28,7 +28,7 @@ class DemoOptions:
     stride: int = 3
     size: tuple[int, int] = (64, 64)
     backends: tuple[str, str] = ("torch", "sora")
-    out: Path = Path("sora-demo")
+    out: Path = Path("out")
     device: str = "cpu"
     seed: int = 0
     rounds: int = 5
