@@ -15,12 +15,14 @@ from sora_models.models._config import Config
 
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """Attributes:
-    in_channels: channels of a frame.
-    channels: widths at full and at half resolution.
-    num_blocks: residual blocks at half resolution.
-    latent_size: width of the latent vector.
-    num_classes: width of the class output.
+    """Config of :class:`Autoencoder`.
+
+    Attributes:
+        in_channels: channels of a frame.
+        channels: widths at full and at half resolution.
+        num_blocks: residual blocks at half resolution.
+        latent_size: width of the latent vector.
+        num_classes: width of the class output.
     """
 
     in_channels: int = 3

@@ -14,13 +14,15 @@ from sora_models.models._config import Config
 
 @dataclass(frozen=True)
 class CRNNConfig(Config):
-    """Attributes:
-    in_channels: channels of a frame.
-    channels: widths of the 3x3 convolutions.
-    hidden_size, num_layers: of the recurrent network.
-    num_classes: width of the output.
-    norm: ``"batch"``, or None for the article's convolutions without normalisation.
-    cell: ``"lstm"``, or ``"rnn"`` for the article's vanilla recurrence (tanh).
+    """Config of :class:`CRNN`.
+
+    Attributes:
+        in_channels: channels of a frame.
+        channels: widths of the 3x3 convolutions.
+        hidden_size, num_layers: of the recurrent network.
+        num_classes: width of the output.
+        norm: ``"batch"``, or None for the article's convolutions without normalisation.
+        cell: ``"lstm"``, or ``"rnn"`` for the article's vanilla recurrence (tanh).
     """
 
     in_channels: int = 3

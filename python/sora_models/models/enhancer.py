@@ -19,16 +19,18 @@ _PIXEL_CELLS = {"pixel_lstm": "LSTM", "pixel_gru": "GRU"}
 
 @dataclass(frozen=True)
 class EnhancerConfig(Config):
-    """Attributes:
-    in_channels: channels of a frame.
-    channels: widths of the per-frame 3x3 convolutions.
-    cell: ``"pixel_lstm"`` or ``"pixel_gru"`` (one sequence a pixel, weights shared over pixels), or
-        ``"conv_lstm"`` (gates by 3x3 convolutions).
-    hidden_size: width of the recurrence.
-    num_layers: stacked pixel recurrences; ``"conv_lstm"`` has one.
-    stack: widths of the 3x3x3 convolutions after the recurrence.
-    num_classes: width of the class output; 0 leaves the head out.
-    num_targets: width of the regression output; 0 leaves the head out.
+    """Config of :class:`Enhancer`.
+
+    Attributes:
+        in_channels: channels of a frame.
+        channels: widths of the per-frame 3x3 convolutions.
+        cell: ``"pixel_lstm"`` or ``"pixel_gru"`` (one sequence a pixel, weights shared over
+            pixels), or ``"conv_lstm"`` (gates by 3x3 convolutions).
+        hidden_size: width of the recurrence.
+        num_layers: stacked pixel recurrences; ``"conv_lstm"`` has one.
+        stack: widths of the 3x3x3 convolutions after the recurrence.
+        num_classes: width of the class output; 0 leaves the head out.
+        num_targets: width of the regression output; 0 leaves the head out.
     """
 
     in_channels: int = 3

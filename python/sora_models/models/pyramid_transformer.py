@@ -15,19 +15,21 @@ from sora_models.models._config import Config
 
 @dataclass(frozen=True)
 class PyramidTransformerConfig(Config):
-    """Attributes:
-    in_channels: channels of a frame.
-    patch_size: (t, h, w) of the patches that become tokens.
-    dim: width of a token.
-    scales: spatial bins s of the levels (None, s, s) and (t, s, s).
-    times: temporal bins t of the levels (t, s, s).
-    pool_mode: ``"max"`` or ``"avg"``.
-    depth, num_heads: of the attention blocks, shared by all levels; num_heads divides dim.
-    window_size: (t, h, w) of the attention windows; every second block shifts by half of it.
-    mlp_ratio: hidden width of a block's MLP, in units of dim.
-    hidden_size: width of the clip's representation.
-    dropout: in the blocks and before the head.
-    num_classes: width of the output.
+    """Config of :class:`PyramidTransformer`.
+
+    Attributes:
+        in_channels: channels of a frame.
+        patch_size: (t, h, w) of the patches that become tokens.
+        dim: width of a token.
+        scales: spatial bins s of the levels (None, s, s) and (t, s, s).
+        times: temporal bins t of the levels (t, s, s).
+        pool_mode: ``"max"`` or ``"avg"``.
+        depth, num_heads: of the attention blocks, shared by all levels; num_heads divides dim.
+        window_size: (t, h, w) of the attention windows; every second block shifts by half of it.
+        mlp_ratio: hidden width of a block's MLP, in units of dim.
+        hidden_size: width of the clip's representation.
+        dropout: in the blocks and before the head.
+        num_classes: width of the output.
     """
 
     in_channels: int = 3

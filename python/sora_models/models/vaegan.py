@@ -21,17 +21,21 @@ COMPRESSION = 48
 
 @dataclass(frozen=True)
 class VAEGANConfig(Config):
-    """Attributes:
-    in_channels: channels of a frame.
-    channels: widths of the encoder's stages; every stage halves height and width.
-    time_strides: 1 or 2 for each stage.
-    latent_channels: channels of the latent map; at most in_channels * stride / 48, where stride is
-        the product of all strides, so that the latent has at most 1/48 of the clip's elements.
-    critic_channels: widths of the discriminator's strided convolutions.
-    critic_levels: pyramid levels that pool their map to a vector.
-    critic_hidden: width of the discriminator's fully connected layers.
-    num_classes: classes of the discriminator, the classifier and the detector.
-    kl_weight, adversarial_weight, class_weight: of the losses, in units of the mean squared error.
+    """Config of :class:`VAEGAN`.
+
+    Attributes:
+        in_channels: channels of a frame.
+        channels: widths of the encoder's stages; every stage halves height and width.
+        time_strides: 1 or 2 for each stage.
+        latent_channels: channels of the latent map; at most in_channels * stride / 48, where
+            stride is the product of all strides, so that the latent has at most 1/48 of the clip's
+            elements.
+        critic_channels: widths of the discriminator's strided convolutions.
+        critic_levels: pyramid levels that pool their map to a vector.
+        critic_hidden: width of the discriminator's fully connected layers.
+        num_classes: classes of the discriminator, the classifier and the detector.
+        kl_weight, adversarial_weight, class_weight: of the losses, in units of the mean squared
+            error.
     """
 
     in_channels: int = 3
