@@ -33,8 +33,9 @@ class Pair(NamedTuple):
         backward: ``(grads, saved, needs, flags, backend) -> one gradient an input`` (anything where not
             needed) through the registered op. ``grads`` holds ``None`` for outputs nobody used.
         reference: ``(tensors, flags) -> outputs``, differentiable plain torch.
-        recompute: ``(saved, flags) -> outputs`` for second derivatives: the reference again, as a function
-            of the saved inputs alone.
+        recompute: ``(saved, flags) -> (outputs, inputs)`` for second derivatives: the reference again, from
+            what was saved. ``inputs`` are the tensors to differentiate by: the saved ones, or a stand-in for one
+            whose value was not kept because no derivative depends on it.
         num_outputs: how many of forward's results are the caller's; the rest are tapes.
     """
 
@@ -42,7 +43,7 @@ class Pair(NamedTuple):
     save: Callable[[Tensors, Tensors, tuple], Tensors]
     backward: Callable[[Tensors, Tensors, Sequence[bool], tuple, str], Tensors]
     reference: Callable[[Tensors, tuple], Tensors]
-    recompute: Callable[[Tensors, tuple], Tensors]
+    recompute: Callable[[Tensors, tuple], tuple[Tensors, Tensors]]
     num_outputs: int
 
 
@@ -61,6 +62,9 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
         @staticmethod
         def backward(ctx, *seconds):
             third = torch.is_grad_enabled()
+            result: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+            if all(second is None for second in seconds):
+                return (None, None, None, None, *result)
             with torch.enable_grad():
                 # Aliases cut the graph here: an input computed from another one is not followed.
                 tensors = [
@@ -68,13 +72,14 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
                     for t in ctx.saved_tensors
                 ]
                 grads, saved = tensors[: ctx.num_grads], tensors[ctx.num_grads :]
+                outputs, inputs = pair.recompute(saved, ctx.flags)
                 pairs = [
                     (out, g)
-                    for out, g in zip(pair.recompute(saved, ctx.flags), grads, strict=True)
+                    for out, g in zip(outputs, grads, strict=True)
                     if g is not None and out.requires_grad
                 ]
                 wanted = [
-                    (saved[i], seconds[i])
+                    (inputs[i], seconds[i])
                     for i, need in enumerate(ctx.needs)
                     if need and seconds[i] is not None
                 ]
@@ -90,19 +95,18 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
                     for f, (_, s) in zip(first, wanted, strict=True)
                     if f is not None and f.requires_grad
                 ]
-                inputs = [
+                leaves = [
                     (i, t) for i, t in enumerate(tensors) if t is not None and t.requires_grad
                 ]
-                result: list[Tensor | None] = [None] * len(tensors)
-                if linked and inputs:
+                if linked and leaves:
                     found = torch.autograd.grad(
                         [f for f, _ in linked],
-                        [t for _, t in inputs],
+                        [t for _, t in leaves],
                         [s for _, s in linked],
                         create_graph=third,
                         allow_unused=True,
                     )
-                    for (i, _), g in zip(inputs, found, strict=True):
+                    for (i, _), g in zip(leaves, found, strict=True):
                         result[i] = g
             return (None, None, None, None, *result)
 

@@ -7,6 +7,7 @@ every device: it chooses its backend by the tensors that it sees.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,15 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+
+    @functools.wraps(impl)
+    def below_autograd(*args: Any) -> Any:
+        # A raw call (an exported program's, say) may come with grad mode on: nothing in here is to be recorded.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return impl(*args)
+        return impl(*args)
+
+    _LIBRARY.impl(name, below_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sora_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.sora_kernels, name).default

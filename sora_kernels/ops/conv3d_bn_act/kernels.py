@@ -76,14 +76,16 @@ def _bn_stats_kernel(
     base, left, offs_m, offs, channels, mask_c = _tile(
         length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
     )
-    # Welford down each lane's own rows, so that lanes meet only once, at the end.
+    # Welford down each lane's own rows, so that lanes meet only once, at the end; relative to the tile's first
+    # row, so that a large common mean costs no digits.
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     seen = 0.0
     y_ptr += base
-    for first in range(0, ROWS, BLOCK_M):
+    origin = tl.load(y_ptr + tl.arange(0, BLOCK_C) * stride_channel, mask=mask_c, other=0.0).to(ACC)[None, :]
+    for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC)
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC) - origin
         delta = y - mean
         seen += 1.0
         step = delta / seen
@@ -97,7 +99,7 @@ def _bn_stats_kernel(
     delta = mean - tile_mean[None, :]
     tile_m2 = tl.sum(m2 + delta * delta * count, axis=0)
     out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
-    tl.store(out, tile_mean, mask=mask_c)
+    tl.store(out, tile_mean + tl.sum(origin, axis=0), mask=mask_c)
     tl.store(out + C, tile_m2, mask=mask_c)
 
 
@@ -189,7 +191,7 @@ def _bn_act_fwd_kernel(
         INVSTD_IS_VAR, HAS_WEIGHT, HAS_BIAS, ACC,
     )  # fmt: skip
     scale = invstd * weight
-    for first in range(0, ROWS, BLOCK_M):
+    for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
         at = base + first * stride_row
         y = tl.load(y_ptr + at + offs, mask=mask, other=0.0).to(ACC)
@@ -235,7 +237,7 @@ def _bn_act_bwd_reduce_kernel(
     )  # fmt: skip
     sum_da = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     sum_da_xhat = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
-    for first in range(0, ROWS, BLOCK_M):
+    for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
         at = base + first * stride_row + offs
         da, xhat = _masked_grad(
@@ -297,11 +299,11 @@ def _bn_act_bwd_apply_kernel(
         False, HAS_WEIGHT, HAS_BIAS, ACC,
     )  # fmt: skip
     scale = invstd * weight
-    if BATCH_STATS:
+    if BATCH_STATS and NEEDS_DY:
         count = tl.zeros((1,), dtype=ACC) + total
         mean_da = tl.load(sums_ptr + channels, mask=mask_c, other=0.0) / count
         mean_da_xhat = tl.load(sums_ptr + C + channels, mask=mask_c, other=0.0) / count
-    for first in range(0, ROWS, BLOCK_M):
+    for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
         at = base + first * stride_row + offs
         da, xhat = _masked_grad(

@@ -211,11 +211,10 @@ def _bwd_impl(
     needs_dx, needs_dw, needs_dbias, needs_dresidual, needs_dbn_weight, needs_dbn_bias = needs
     needs_dy = needs_dx or needs_dw or (needs_dbias and not batch_stats)
     memory_format = _format(x, weight)
-    none = x.new_empty(0)
     if y.numel() == 0:
-        grads = [torch.zeros_like(t) if n and t is not None else none
+        grads = [torch.zeros_like(t) if n and t is not None else x.new_empty(0)
                  for t, n in zip((x, weight, None, y, bn_weight, bn_bias), needs, strict=True)]  # fmt: skip
-        grads[2] = weight.new_zeros(weight.shape[0]) if needs_dbias else none
+        grads[2] = weight.new_zeros(weight.shape[0]) if needs_dbias else x.new_empty(0)
         return tuple(grads)
     facts = Facts(y.device, y.dtype, tuple(y.shape), residual is not None, batch_stats)
     if residual is not None:
@@ -236,7 +235,8 @@ def _bwd_impl(
         dbias = weight.new_zeros(weight.shape[0])
     grads = (dx, dw, dbias, dresidual, dbn_weight, dbn_bias)
     return tuple(
-        none if g is None or not n else _laid_out(g, memory_format) for g, n in zip(grads, needs, strict=True)
+        x.new_empty(0) if g is None or not n else _laid_out(g, memory_format)
+        for g, n in zip(grads, needs, strict=True)
     )  # fmt: skip
 
 

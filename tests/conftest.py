@@ -1,0 +1,88 @@
+"""Session set-up: Triton's interpreter, missing parts on request, skips that say why.
+
+``TRITON_INTERPRET`` fixes a whole process, so it is set here, before Triton loads; ``-m gpu`` runs without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sora_kernels")
+    group.addoption("--require-gpu", action="store_true", help="fail where a GPU test would skip")
+    group.addoption(
+        "--require-native", action="store_true", help="fail where a test of the extension would skip"
+    )
+    group.addoption(
+        "--without",
+        default="",
+        metavar="PARTS",
+        help="hide parts from this run: triton, native or both, comma-separated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hidden = set(filter(None, config.getoption("--without").split(",")))
+    modules = {"triton": "triton", "native": "sora_kernels._C"}
+    if hidden - set(modules):
+        raise pytest.UsageError(f"--without: expected triton, native, got {sorted(hidden)}")
+    for part in hidden:
+        sys.modules[modules[part]] = None  # type: ignore[assignment]
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _parts() -> dict[str, str]:
+    """marker -> why its tests cannot run here, '' where they can."""
+    import importlib.util
+
+    import torch
+
+    from sora_kernels import _native
+
+    native, cuda = _native.status(), torch.cuda.is_available()
+    interpreter = importlib.util.find_spec("triton") is not None
+    return {
+        "native": "" if native.state == "ok" else native.why,
+        "triton": "" if interpreter else "Triton is not installed",
+        "gpu": "" if cuda else "torch sees no CUDA device",
+    }
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    found = ", ".join(f"{part}: {why or 'yes'}" for part, why in _parts().items())
+    return f"sora_kernels parts: {found}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    parts = _parts()
+    if config.getoption("markexpr") != "gpu":
+        parts["gpu"] = "run with -m gpu"
+    required = {p for p in ("gpu", "native") if config.getoption(f"--require-{p}")}
+    for item in items:
+        for part, why in parts.items():
+            if why and item.get_closest_marker(part):
+                if part in required:
+                    item.add_marker(pytest.mark.usefixtures("fail_missing_part"))
+                else:
+                    item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture
+def fail_missing_part() -> None:
+    missing = {part: why for part, why in _parts().items() if why}
+    pytest.fail(f"required, and missing here: {missing}")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
