@@ -1,8 +1,8 @@
 """Kernel configs are data: ``ops/<op>/tuned/<arch>.json``, shipped and looked up, never tuned on a call.
 
 A file maps a kernel's name to rows ``{"match": {...}, "at": {...}, "config": {...}}``. ``match`` must
-equal the call's key where it names one (dtype, layout, arch family); among those rows the one whose ``at``
-sizes are nearest in log space wins. An architecture's rows come before ``default.json``, which fits any GPU.
+equal the call's key where it names one (dtype, layout); among those rows the most specific match wins, then the
+``at`` sizes nearest in log space; a row without sizes is the last resort. An architecture's rows come before ``default.json``, which fits any GPU.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ def config(op: str, kernel: str, arch: str, key: Key) -> dict[str, int]:
             if all(call.get(k) == v for k, v in row.get("match", {}).items())
         ]
         if candidates:
-            return min(candidates, key=lambda row: _distance(row.get("at", {}), call))["config"]
+            return min(candidates, key=lambda row: _rank(row, call))["config"]
     raise LookupError(f"{op}: tuned/default.json has no row for {kernel} with {call}")
 
 
-def _distance(at: dict[str, int], call: dict[str, Any]) -> float:
-    return sum(abs(math.log2(max(v, 1)) - math.log2(max(call[k], 1))) for k, v in at.items())
+def _rank(row: dict[str, Any], call: dict[str, Any]) -> tuple[int, float]:
+    at = row.get("at")
+    if at is None:
+        return -len(row.get("match", {})), math.inf
+    distance = sum(abs(math.log2(max(v, 1)) - math.log2(max(call[k], 1))) for k, v in at.items())
+    return -len(row.get("match", {})), distance
 
 
 def arch_of(capability: tuple[int, int]) -> str:
