@@ -89,20 +89,20 @@ def validate(
         raise ValueError(f"lstm: proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}")
     P = proj_size or H
     count = num_layers * directions
+    width = x.shape[2]
+    own = [(4 * H, width), (4 * H, P)] + [(4 * H,)] * (2 * bias) + [(P, H)] * (proj_size > 0)
+    dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
-        kind, layer = k % per, k // (per * directions)
-        if kind == 0:
-            shape: tuple[int, ...] = (4 * H, directions * P if layer else x.shape[2])
-        elif kind == 1:
-            shape = (4 * H, P)
-        else:
-            shape = (4 * H,) if bias and kind < 4 else (P, H)
-        _check(f"weights[{k}]", w, shape, x)
+        if k == per * directions:
+            own[0] = (4 * H, directions * P)
+        if w.shape != own[k % per] or w.dtype != dtype or w.device != device:
+            raise _mismatch(f"weights[{k}]", w, own[k % per], x)
     if hx is not None:
         if len(hx) != 2:
             raise ValueError(f"lstm: hx must be (h_0, c_0) or None, got {len(hx)} tensors")
-        _check("h_0", hx[0], (count, B, P), x)
-        _check("c_0", hx[1], (count, B, H), x)
+        for name, t, size in (("h_0", hx[0], P), ("c_0", hx[1], H)):
+            if t.shape != (count, B, size) or t.dtype != dtype or t.device != device:
+                raise _mismatch(name, t, (count, B, size), x)
     if lengths is not None:
         if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
@@ -116,9 +116,8 @@ def validate(
             )
 
 
-def _check(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
-        raise ValueError(
-            f"lstm: {name} must be {shape} {x.dtype} on {x.device}, "
-            f"got {tuple(t.shape)} {t.dtype} on {t.device}"
-        )
+def _mismatch(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> ValueError:
+    return ValueError(
+        f"lstm: {name} must be {shape} {x.dtype} on {x.device}, "
+        f"got {tuple(t.shape)} {t.dtype} on {t.device}"
+    )

@@ -27,31 +27,30 @@ def forward(
     T, B, I = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
-    _check(x, h0, c0, weights)
-    x = x.contiguous()
-    h0, c0 = (None if t is None else t.contiguous() for t in (h0, c0))
-    flat = x.view(T * B, I)
+    h0, c0 = _pointable(x, h0), _pointable(x, c0)
+    flat = x.reshape(T * B, I)
     if D == 1:
-        gates = _project(flat, weights, bias, None).view(1, T, B, 4 * H)
+        gates = _project(flat, weights, bias, None)
     else:
         gates = x.new_empty(D, T, B, 4 * H)
         for d in range(D):
             _project(flat, weights[d * per : (d + 1) * per], bias, gates[d].view(T * B, 4 * H))
-    y = x.new_empty(T, B, D * H)
-    h_n, c_n = x.new_empty(D, B, H), x.new_empty(D, B, H)
+    y, h_n, c_n = x.new_empty(T, B, D * H), x.new_empty(D, B, H), x.new_empty(D, B, H)
     state = state_dtype(x.dtype)
-    cells = x.new_empty((T, B, D * H) if tapes else (0,), dtype=state)
+    cells = x.new_empty((T, B, D * H) if tapes else 0, dtype=state)
     if x.is_cuda or not _worth_packing(T, B, H):
-        _forward_steps(h0, c0, weights[1::per], gates, y, cells if tapes else None, h_n, c_n)
+        _forward_steps(
+            h0, c0, weights[1::per], gates.view(D, T, B, 4 * H), y, cells if tapes else None, h_n, c_n
+        )
     else:
-        w_hh = [w if w.is_contiguous() else w.contiguous() for w in weights[1::per]]
+        w_hh = _pointable(x, weights[1])
+        w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
         _native.module().lstm_forward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(),
-            w_hh[0].data_ptr(), w_hh[1].data_ptr() if D == 2 else 0,
-            0 if h0 is None else h0.data_ptr(), 0 if c0 is None else c0.data_ptr(),
-            y.data_ptr(), cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), _native.num_threads(),
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), _pointer(w_hh), _pointer(w_hh_reverse),
+            _pointer(h0), _pointer(c0), y.data_ptr(), cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
+            _native.num_threads(),
         )  # fmt: skip
-    return Result(y, h_n, c_n, cells, gates if tapes else x.new_empty(0))
+    return Result(y, h_n, c_n, cells, gates.view(D, T, B, 4 * H) if tapes else x.new_empty(0))
 
 
 def backward(
@@ -63,21 +62,18 @@ def backward(
     T, B, I = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
-    _check(x, h0, c0, weights)
-    h0, c0, dy, dh_n, dc_n, dcells = (
-        None if t is None else t.contiguous() for t in (h0, c0, dy, dh_n, dc_n, dcells)
-    )
+    h0, c0, dy, dh_n, dc_n = (_pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
+    dcells = _pointable(cells, dcells)
     dgates = torch.empty_like(gates)
     dh0, dc0 = x.new_empty(D, B, H), x.new_empty(D, B, H)
     if x.is_cuda or not _worth_packing(T, B, H):
         _backward_steps(dy, dh_n, dc_n, dcells, c0, weights[1::per], cells, gates, dgates, dh0, dc0)
     else:
-        w_hh = [w if w.is_contiguous() else w.contiguous() for w in weights[1::per]]
+        w_hh = _pointable(x, weights[1])
+        w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
         _native.module().lstm_backward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(),
-            w_hh[0].data_ptr(), w_hh[1].data_ptr() if D == 2 else 0,
-            *(0 if t is None else t.data_ptr() for t in (c0, dy, dcells, dh_n, dc_n)),
-            dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), _native.num_threads(),
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(), _pointer(w_hh), _pointer(w_hh_reverse),
+            _pointer(c0), _pointer(dy), _pointer(dcells), _pointer(dh_n), _pointer(dc_n), dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), _native.num_threads(),
         )  # fmt: skip
 
     flat = x.reshape(T * B, I)
@@ -100,13 +96,19 @@ def backward(
     return None if dx is None else dx.view(T, B, I), dh0, dc0, dweights
 
 
-def _check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> None:
-    """Pointers follow: whatever came through the registered op is checked again, and once."""
-    for t in (h0, c0, *weights):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(
-                f"lstm: expected every tensor to be {x.dtype} on {x.device}, got {t.dtype} on {t.device}"
-            )
+def _pointable(like: Tensor, t: Tensor | None) -> Tensor | None:
+    """``t`` as memory that a kernel may read beside ``like``: checked again here, because pointers follow."""
+    if t is None:
+        return None
+    if t.dtype != like.dtype or t.device != like.device:
+        raise ValueError(
+            f"lstm: expected every tensor to be {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
+        )
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor | None) -> Tensor:

@@ -273,8 +273,9 @@ def _reference(tensors: Tensors, flags: tuple) -> Tensors:
     return reference.layer(x, h0, c0, weights, lengths, reset, flags[0])[:4]  # type: ignore[arg-type]
 
 
-def _recompute(saved: Tensors, flags: tuple) -> Tensors:
-    return _reference(saved[:-3], flags)
+def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:
+    inputs = saved[:-3]
+    return _reference(inputs, flags), inputs
 
 
 _call = differentiable(Pair(_forward, _save, _backward, _reference, _recompute, num_outputs=4))
