@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := pyproject.toml setup.py $(shell find csrc -name emu -prune -o -type f -print)
+NATIVE := pyproject.toml setup.py sora_kernels/_version.py sora_kernels/_native.py \
+	$(shell find csrc \( -name emu -o -name __pycache__ \) -prune -o -type f -print)
 
 .PHONY: demo test bench audit lint install clean
 
@@ -41,4 +42,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info sora_kernels/_C*.so
+	rm -rf build dist *.egg-info sora_kernels/_C*.so $(VENV)/.installed

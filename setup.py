@@ -97,7 +97,9 @@ def sources(*suffixes: str) -> list[str]:
 
 def jobs() -> int:
     if asked := os.environ.get("MAX_JOBS"):
-        return max(1, int(asked))
+        if not re.fullmatch(r"[1-9]\d*", asked):
+            fail(f"MAX_JOBS={asked!r}: expected a positive integer")
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores or 1, memory // BYTES_PER_JOB))

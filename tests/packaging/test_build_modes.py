@@ -143,9 +143,17 @@ def test_auto_takes_nvcc_and_links_its_runtime_statically(small_tree, python, nv
     assert info["answer"] >= 12080 and info["cuda_why_not"] is None
     assert info["cuda_archs"] == nvcc.archs and info["cuda_ptx"] == nvcc.ptx
     (extension,) = small_tree.unpack(result).glob("sora_kernels/_C.*.so")
-    content = extension.read_bytes()
-    assert b"libcudart" not in content
+    assert b"libcudart.so" not in extension.read_bytes()
+    # torch may bring a CUDA runtime of its own: ours must neither lend nor borrow a symbol.
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).cudaRuntimeGetVersion"
+    said = python(code, str(extension))
+    assert not said.ok and "undefined symbol: cudaRuntimeGetVersion" in said.stderr
     assert result.artifact.stat().st_size < 5e6
+
+
+def test_number_of_jobs_is_checked(small_tree):
+    result = small_tree.build("cpu", MAX_JOBS="many")
+    assert not result.ok and "MAX_JOBS='many'" in result.stderr
 
 
 def test_unknown_arch_fails(small_tree, nvcc):
