@@ -9,7 +9,7 @@ from . import nn
 from ._dispatch import BackendError, explain
 from ._native import build_info
 from ._version import __version__
-from .ops import conv3d_bn_act
+from .ops import conv3d_bn_act, lstm
 
 __all__ = [
     "BackendError",
@@ -17,5 +17,6 @@ __all__ = [
     "build_info",
     "conv3d_bn_act",
     "explain",
+    "lstm",
     "nn",
 ]

@@ -1,5 +1,6 @@
 """Drop-in modules, one file an operator."""
 
 from .conv import ConvBNAct3d
+from .lstm import LSTM
 
-__all__ = ["ConvBNAct3d"]
+__all__ = ["LSTM", "ConvBNAct3d"]

@@ -1,0 +1,63 @@
+"""DistributedDataParallel over two gloo processes on the CPU: gradients equal the mean of both halves' own."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import sora_kernels as sk
+from sora_kernels.testing import assert_close
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+
+
+class Model(nn.Module):
+    """A convolution block and a recurrence: one operator of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = sk.nn.ConvBNAct3d(3, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.lstm = sk.nn.LSTM(8, 6, batch_first=True)
+
+    def forward(self, clip):
+        features = self.block(clip).mean((3, 4)).transpose(1, 2)
+        return self.lstm(features)[0][:, -1]
+
+
+def _loss(model, clip):
+    return model(clip).square().sum()
+
+
+def _work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = Model()
+    model.load_state_dict(torch.load(Path(folder) / "state.pt"))
+    clips = torch.load(Path(folder) / "clips.pt")
+    parallel = nn.parallel.DistributedDataParallel(model)
+    _loss(parallel, clips[rank]).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    torch.save(grads, Path(folder) / f"grads{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_the_mean_of_both_halves(tmp_path):
+    model, clips = Model(), torch.randn(2, 3, 3, 4, 6, 5)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save(clips, tmp_path / "clips.pt")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
+    for clip in clips:
+        (_loss(model, clip) / 2).backward()
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"grads{rank}.pt")
+        for name, p in model.named_parameters():
+            assert_close(grads[name], p.grad, "composition_fp32", name=f"{name} on rank {rank}")
