@@ -152,7 +152,6 @@ class build_ext(_build_ext):
         check_loads(ext.name, ROOT / built)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # never write into a file that a process has mapped
         shutil.copy2(ROOT / built, target)
 
 
