@@ -357,7 +357,7 @@ def run(
     if batch_first:
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
-    cells = None
+    cells, stock_layers = None, False
     if not torch.compiler.is_compiling() and not _transformed((x, *(hx or ()), *weights)):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or any(t.requires_grad for t in (*weights, *(hx or ())))
@@ -367,7 +367,8 @@ def run(
             grad, False, lengths is not None, reset is not None, return_cells, precision or "",
         )  # fmt: skip
         backend = OPERATOR.select(backend, facts).name
-    if backend == "torch" and not torch.compiler.is_compiling():
+        stock_layers = backend == "torch"
+    if stock_layers:  # it has gradients of its own
         sizes = Sizes(directions, weights[1].shape[0] // 4, proj_size)
         hx = sizes.states(x, *(hx or (None, None)), num_layers)
         y, h_n, c_n = stock.lstm(
