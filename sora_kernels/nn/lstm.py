@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .._dispatch import BackendError
 from ..ops.lstm import op as _op
 from ..ops.lstm import stock
-from ..ops.lstm.arguments import Sizes
+from ..ops.lstm.arguments import Sizes, autocast, casts
 
 class LSTM(nn.RNNBase):
     """Drop-in ``torch.nn.LSTM``: its constructor, attributes, parameters, state dict, initialisation and errors.
@@ -92,7 +92,7 @@ class LSTM(nn.RNNBase):
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         self._check(input, hx, weights)
-        input, hx, weights = _op.autocast(input, hx, weights)
+        input, hx, weights = autocast(input, hx, weights)
         output, (h_n, c_n) = _op.run(
             input, hx, weights, self.bias, self.num_layers, self.bidirectional, self.batch_first, self.proj_size,
             self.dropout, self.training, backend=_op.OPERATOR.check_name(self.backend),
@@ -104,9 +104,8 @@ class LSTM(nn.RNNBase):
 
     def _check(self, input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]) -> None:
         """Torch's own errors."""
-        casts = torch.is_autocast_enabled(input.device.type)
-        w = weights[0]
-        if input.dtype != w.dtype and not casts:
+        cast, w = casts(input), weights[0]
+        if input.dtype != w.dtype and not cast:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({w.dtype}). "
                 f"Convert input: input.to({w.dtype}), or convert model: model.to({input.dtype})"
@@ -133,7 +132,7 @@ class LSTM(nn.RNNBase):
                     "Input and hidden tensors are not at the same device, found input tensor at "
                     f"{input.device} and hidden tensor at {hx[k].device}"
                 )
-            if hx[k].dtype != input.dtype and not casts:
+            if hx[k].dtype != input.dtype and not cast:
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
                     f"{input.dtype} and hidden tensor with {hx[k].dtype}"

@@ -42,9 +42,14 @@ class Sizes(NamedTuple):
         return h0, c0
 
 
+def casts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (meta has none)."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Any, Sequence[Tensor]]:
     """Everything in autocast's dtype where it is on and x is not fp64."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not casts(x) or x.dtype == torch.float64:
         return x, hx, weights
     dtype = torch.get_autocast_dtype(x.device.type)
     hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
