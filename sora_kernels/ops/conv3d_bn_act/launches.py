@@ -8,11 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._launches import Launch
 from . import kernels
-from .arguments import output_shape, triple
 
 OP = kernels.OP
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -114,20 +114,12 @@ def forget_plans() -> None:
 
 
 def _output(shape: dict[str, Any]) -> list[int]:
-    x = torch.empty(shape["batch"], *shape["input"], device="meta")
     groups = shape.get("groups", 1)
-    kernel = triple("kernel", shape["kernel"], 1)
-    weight = torch.empty(shape["channels"], x.shape[1] // groups, *kernel, device="meta")
+    channels, *sizes = shape["input"]
+    x = torch.empty(shape["batch"], channels, *sizes, device="meta")
+    weight = torch.empty(shape["channels"], channels // groups, *shape["kernel"], device="meta")
     stride, padding = shape.get("stride", 1), shape.get("padding", 0)
-    return list(
-        output_shape(
-            x,
-            weight,
-            triple("stride", stride, 1),
-            triple("padding", padding, 0),
-            triple("dilation", 1, 1),
-        )
-    )
+    return list(F.conv3d(x, weight, None, stride, padding, 1, groups).shape)
 
 
 def _dense(
