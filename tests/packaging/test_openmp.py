@@ -80,12 +80,12 @@ def test_lstm_starts_no_thread_beyond_torchs(python):
     torch.set_num_threads(1)
     before = tasks()
     run()
-    assert tasks() == before, (before, tasks())
+    assert tasks() <= before, (before, tasks())
     torch.set_num_threads(3)
     torch.ones(1 << 22).mul(2)
     before = tasks()
     run()
-    assert tasks() == before, (before, tasks())
+    assert tasks() <= before, (before, tasks())
     """
     said(python(LSTM + textwrap.dedent(code), PYTHONPATH=HERE))
 
