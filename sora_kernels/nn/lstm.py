@@ -13,20 +13,24 @@ from ..ops.lstm import op as _op
 from ..ops.lstm import stock
 from ..ops.lstm.arguments import Sizes, autocast, casts
 
-class LSTM(nn.RNNBase):
-    """Drop-in ``torch.nn.LSTM``: its constructor, attributes, parameters, state dict, initialisation and errors.
 
-    Beyond it: ``torch.compile(fullgraph=True)`` without a recompilation for another T or B, ``torch.func``, double backward,
-    and backward in ``eval()`` on every device. A ``PackedSequence`` runs in torch's LSTM, in eager mode.
+class LSTM(nn.RNNBase):
+    """Drop-in ``torch.nn.LSTM``: its constructor, attributes, parameters, state dict,
+    initialisation and errors.
+
+    Beyond it: ``torch.compile(fullgraph=True)`` without a recompilation for another T or B,
+    ``torch.func``, double backward, and backward in ``eval()`` on every device. A
+    ``PackedSequence`` runs in torch's LSTM, in eager mode.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
-            ``torch.nn.LSTM``.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype: as ``torch.nn.LSTM``.
         backend: as :func:`sora_kernels.lstm`; not part of the state dict.
 
     Shape:
-        input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a ``PackedSequence``; hx ``(h_0, c_0)`` or
-        None -> ``(output, (h_n, c_n))``, as ``torch.nn.LSTM``.
+        input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a
+        ``PackedSequence``; hx ``(h_0, c_0)`` or None -> ``(output, (h_n, c_n))``, as
+        ``torch.nn.LSTM``.
 
     Example:
         >>> lstm = sora_kernels.nn.LSTM(128, 256, num_layers=2, batch_first=True)
@@ -50,32 +54,32 @@ class LSTM(nn.RNNBase):
     ) -> None:
         _op.OPERATOR.check_name(backend)
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            device, dtype,
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype,
         )  # fmt: skip
         self.backend = backend
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, *, backend: str | None = None) -> LSTM:
         """The same layer over the same Parameter objects."""
         if not isinstance(module, nn.LSTM):
             raise TypeError(f"module: expected torch.nn.LSTM, got {type(module).__name__}")
-        new = cls(*_arguments(module), device="meta", backend=backend)
+        new = cls(**_arguments(module), device="meta", backend=backend)
         _share(new, module)
         return new
 
     def to_torch(self) -> nn.LSTM:
-        """``torch.nn.LSTM`` over the same Parameter objects, for exporters and quantisers that look for it."""
-        new = nn.LSTM(*_arguments(self), device="meta")
+        """``torch.nn.LSTM`` over the same Parameter objects, for tools that look for that class."""
+        new = nn.LSTM(**_arguments(self), device="meta")
         _share(new, self)
         return new
 
     def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-        # Parametrisations and functional_call replace attributes, so the attributes are what is read.
+        # Read as attributes: that is what parametrisations and functional_call replace.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights)
@@ -92,17 +96,24 @@ class LSTM(nn.RNNBase):
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         self._check(input, hx, weights)
-        input, hx, weights = autocast(input, hx, weights)
+        input, hx, cast = autocast(input, hx, weights)
         output, (h_n, c_n) = _op.run(
-            input, hx, weights, self.bias, self.num_layers, self.bidirectional, self.batch_first, self.proj_size,
-            self.dropout, self.training, backend=_op.OPERATOR.check_name(self.backend),
+            input, hx, cast, self.bias, self.num_layers, self.bidirectional, self.batch_first,
+            self.proj_size, self.dropout, self.training,
+            backend=_op.OPERATOR.check_name(self.backend),
         )  # fmt: skip
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
         return output, (h_n, c_n)
 
-    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]) -> None:
+    def _check(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None,
+        weights: list[Tensor],
+        batch_sizes: Tensor | None = None,
+    ) -> None:
         """Torch's own errors."""
         cast, w = casts(input), weights[0]
         if input.dtype != w.dtype and not cast:
@@ -112,9 +123,10 @@ class LSTM(nn.RNNBase):
             )
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.shape[-1]}"
             )
-        if input.shape[1 if self.batch_first else 0] == 0:
+        if batch_sizes is None and input.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if input.device != w.device:
             raise RuntimeError(
@@ -123,9 +135,8 @@ class LSTM(nn.RNNBase):
             )
         if hx is None:
             return
-        for k, expected in enumerate(
-            (self.get_expected_hidden_size(input, None), self.get_expected_cell_size(input, None))
-        ):
+        for k, size in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
+            expected = size(input, batch_sizes)
             self.check_hidden_size(hx[k], expected, f"Expected hidden[{k}] size {{}}, got {{}}")
             if hx[k].device != input.device:
                 raise RuntimeError(
@@ -144,38 +155,37 @@ class LSTM(nn.RNNBase):
         backend = _op.OPERATOR.check_name(self.backend)
         if backend not in ("", "torch"):
             raise BackendError(
-                f"lstm: backend {backend!r} cannot run: the input is a PackedSequence, which runs in torch's LSTM"
+                f"lstm: backend {backend!r} cannot run: the input is a PackedSequence, "
+                "which runs in torch's LSTM"
             )
         data, batch_sizes, order, back = input
+        self._check(data, hx, weights, batch_sizes)
         if hx is None:
-            directions = 2 if self.bidirectional else 1
-            sizes = Sizes(directions, self.hidden_size, self.proj_size)
-            hx = sizes.states(data.new_empty(0, int(batch_sizes[0])), None, None, self.num_layers)
+            sizes = Sizes(2 if self.bidirectional else 1, self.hidden_size, self.proj_size)
+            first = data[: int(batch_sizes[0])].unsqueeze(0)
+            hx = sizes.states(first, None, None, self.num_layers)
         else:
-            # torch slices a larger state in silence
-            for k, expected in enumerate(
-                (self.get_expected_hidden_size(data, batch_sizes), self.get_expected_cell_size(data, batch_sizes))
-            ):
-                self.check_hidden_size(hx[k], expected, f"Expected hidden[{k}] size {{}}, got {{}}")
             hx = self.permute_hidden(hx, order)
         output, h_n, c_n = stock.vf_lstm(
             data, batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional,
         )  # fmt: skip
-        return PackedSequence(output, batch_sizes, order, back), self.permute_hidden((h_n, c_n), back)
+        return PackedSequence(output, batch_sizes, order, back), self.permute_hidden(
+            (h_n, c_n), back
+        )
 
 
-def _arguments(module: Any) -> tuple[Any, ...]:
-    return (
-        module.input_size, module.hidden_size, module.num_layers, module.bias, module.batch_first, module.dropout,
-        module.bidirectional, module.proj_size,
-    )  # fmt: skip
+def _arguments(module: nn.RNNBase) -> dict[str, Any]:
+    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout")
+    return {n: getattr(module, n) for n in (*names, "bidirectional", "proj_size")}
 
 
 def _share(new: nn.RNNBase, module: nn.RNNBase) -> None:
     for name in module._flat_weights_names:
         weight = getattr(module, name)
         if not isinstance(weight, nn.Parameter):
-            raise TypeError(f"{name}: expected a Parameter, got a parametrised {type(weight).__name__}")
+            raise TypeError(
+                f"{name}: expected a Parameter, got a parametrised {type(weight).__name__}"
+            )
         setattr(new, name, weight)
     new.train(module.training)

@@ -1,4 +1,4 @@
-"""The C++ kernels themselves, called by address: threads, instruction sets, errors, and the cell that the GPU shares."""
+"""The C++ kernels: threads, instruction sets, errors, and the cell that the GPU shares."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ def both_ways(arguments, dtype):
     result = native.forward(x, h0, c0, weights, True, True)
     grads = [torch.ones_like(t) for t in result[:4]]
     dx, dh0, dc0, dw = native.backward(
-        *grads, x, h0, c0, weights, result.y, result.cells, result.gates, True, [True] * (3 + len(weights))
+        *grads,
+        x,
+        h0,
+        c0,
+        weights,
+        result.y,
+        result.cells,
+        result.gates,
+        True,
+        [True] * (3 + len(weights)),
     )
     return [*result, dx, dh0, dc0, *dw]
 
@@ -53,10 +62,12 @@ def reference_both_ways(arguments):
 @pytest.mark.parametrize("D", (1, 2))
 def test_both_ways_to_walk_the_steps(D, way, dtype, monkeypatch):
     monkeypatch.setattr(native, "_worth_packing", lambda T, B, H: way == "sequence")
-    for T, B, I, H in ((4, 3, 5, 21), (1, 2, 3, 40), (3, 0, 2, 4)):
+    for T, B, I, H in ((4, 3, 5, 21), (1, 2, 3, 40), (3, 0, 2, 4)):  # noqa: E741
         arguments = make(T, B, I, H, D, dtype)
         x, h0, c0, weights = arguments
-        truth = reference_both_ways((x.double(), h0.double(), c0.double(), [w.double() for w in weights]))
+        truth = reference_both_ways(
+            (x.double(), h0.double(), c0.double(), [w.double() for w in weights])
+        )
         plain, ours = reference_both_ways(arguments), both_ways(arguments, dtype)
         for k, (a, b, t) in enumerate(zip(ours, plain, truth, strict=True)):
             assert_within_2x(a, b, t, name=f"result {k}")
@@ -74,7 +85,9 @@ def test_no_tapes_no_states_same_bits(way, monkeypatch):
     assert without.cells.numel() == without.gates.numel() == 0
 
 
-@pytest.mark.parametrize("shape", ((40, 16, 8, 64, 1), (30, 1, 8, 320, 1), (30, 2, 8, 320, 2), (40, 3, 8, 64, 2)))
+@pytest.mark.parametrize(
+    "shape", ((40, 16, 8, 64, 1), (30, 1, 8, 320, 1), (30, 2, 8, 320, 2), (40, 3, 8, 64, 2))
+)
 def test_threads_agree(shape):
     """Rows shared (no barrier), units shared (a barrier a step), directions shared."""
     arguments = make(*shape, torch.float64)
@@ -109,7 +122,14 @@ def test_each_instruction_set(isa, tmp_path):
         pytest.skip(f"this machine has no {isa}")
     inputs = [make(4, 5, 3, 37, 2, dtype) for dtype in DTYPES]
     torch.save(inputs, tmp_path / "in.pt")
-    command = [sys.executable, "-c", PROGRAM, isa, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        isa,
+        str(tmp_path / "in.pt"),
+        str(tmp_path / "out.pt"),
+    ]
     run = subprocess.run(
         command, env=os.environ | {"SORA_CPU_ISA": isa}, capture_output=True, text=True, check=False
     )
@@ -127,13 +147,16 @@ def test_each_instruction_set(isa, tmp_path):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_activations(dtype):
     """sigmoid and tanh over their whole range, through the cell: i = sigmoid(a), g = tanh(a)."""
-    a = torch.cat((torch.linspace(-120, 120, 4001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500)))
+    a = torch.cat(
+        (torch.linspace(-120, 120, 4001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500))
+    )
     a = torch.cat((a, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")]))).to(dtype)
     H = len(a)
     gates = a.repeat(1, 4)
-    c, h, c_prev = torch.zeros(1, H, dtype=dtype), torch.zeros(1, H, dtype=dtype), torch.zeros(1, H, dtype=dtype)  # fmt: skip
+    c, h, c_prev = torch.zeros(3, 1, H, dtype=dtype)
     _native.module().lstm_cell_forward(
-        native.DTYPE_CODES[dtype], 1, H, gates.data_ptr(), c_prev.data_ptr(), H, c.data_ptr(), H, h.data_ptr(), H, -1, 0
+        native.DTYPE_CODES[dtype], 1, H, gates.data_ptr(), c_prev.data_ptr(), H, c.data_ptr(), H,
+        h.data_ptr(), H, -1, 0,
     )  # fmt: skip
     wide = a.double()
     i, _, g, _ = gates[0].chunk(4)
@@ -141,18 +164,23 @@ def test_activations(dtype):
     assert_within_2x(g, torch.tanh(a), torch.tanh(wide), name="tanh")
     small = (wide.abs() < 0.5) & (wide != 0)
     relative = (g[small].double() / torch.tanh(wide[small]) - 1).abs().max()
-    assert relative <= 4 * torch.finfo(dtype).eps  # a relative bound, where 2x of the largest value says nothing
+    # A relative bound, where 2x at the largest value says nothing.
+    assert relative <= 4 * torch.finfo(dtype).eps
 
 
 def test_errors():
     module = _native.module()
     with pytest.raises(RuntimeError, match="lstm_forward_cpu: no kernel for this element type"):
-        module.lstm_forward_cpu(native.DTYPE_CODES[torch.float16], 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+        module.lstm_forward_cpu(
+            native.DTYPE_CODES[torch.float16], 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1
+        )
     if _native.cuda_status().state == "absent" and _native.build_info()["cuda_runtime"] is None:
         with pytest.raises(RuntimeError, match="lstm_cell_forward: built without CUDA"):
             module.lstm_cell_forward(0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0)
     x, h0, c0, weights = make(3, 2, 4, 5, 1, torch.float32)
-    with pytest.raises(ValueError, match="every tensor to be torch.float32 on cpu, got torch.float64"):
+    with pytest.raises(
+        ValueError, match="every tensor to be torch.float32 on cpu, got torch.float64"
+    ):
         native.forward(x, h0.double(), c0, weights, True, False)
 
 
@@ -173,8 +201,8 @@ def test_the_gil_is_released():
     y, h_n, c_n = torch.empty(400, 8, 256), torch.empty(1, 8, 256), torch.empty(1, 8, 256)
     before = ticks
     _native.module().lstm_forward_cpu(
-        0, 400, 8, 256, 1, gates.data_ptr(), weights[1].data_ptr(), 0, h0.data_ptr(), c0.data_ptr(), y.data_ptr(), 0,
-        h_n.data_ptr(), c_n.data_ptr(), 1,
+        0, 400, 8, 256, 1, gates.data_ptr(), weights[1].data_ptr(), 0, h0.data_ptr(), c0.data_ptr(),
+        y.data_ptr(), 0, h_n.data_ptr(), c_n.data_ptr(), 1,
     )  # fmt: skip
     during = ticks - before
     done.set()

@@ -1,4 +1,4 @@
-"""The cell kernel on a GPU: ``pytest -m gpu``. Its formulas are tested everywhere, through csrc/lstm/cell.h on the CPU."""
+"""The cell kernel on a GPU: ``pytest -m gpu``. The CPU tests run its formulas, csrc/lstm/cell.h."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from sora_kernels.testing import assert_within_2x, poisoned
 pytestmark = [pytest.mark.gpu, pytest.mark.native]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SHAPES = ((5, 3, 4, 6, 1), (4, 7, 16, 37, 2), (1, 1, 1, 1, 1), (3, 0, 2, 4, 1), (20, 33, 64, 130, 2))
+SHAPES = (
+    (5, 3, 4, 6, 1),
+    (4, 7, 16, 37, 2),
+    (1, 1, 1, 1, 1),
+    (3, 0, 2, 4, 1),
+    (20, 33, 64, 130, 2),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of_layer(cls, x: Tensor, weights: Sequence[Tensor], bias: bool) -> Sizes:
-        """From a layer's flat list: 2 entries a direction, 2 more with biases, 1 more with a projection."""
+        """From a flat list: 2 entries a direction, 2 more with biases, 1 more with a projection."""
         plain = 4 if bias else 2
         directions = 1 if len(weights) <= plain + 1 else 2
         projects = len(weights) > plain * directions
@@ -57,14 +57,16 @@ def autocast(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Any
 
 
 def validate(
-    x: Tensor, hx: States, weights: Sequence[Tensor], bias: bool, num_layers: int, bidirectional: bool,
-    batch_first: bool, proj_size: int, dropout: float, lengths: Tensor | None, reset: Tensor | None,
-    memory: str, precision: str | None,
+    x: Tensor, hx: States, weights: Sequence[Tensor], bias: bool, num_layers: int,
+    bidirectional: bool, batch_first: bool, proj_size: int, dropout: float, lengths: Tensor | None,
+    reset: Tensor | None, memory: str, precision: str | None,
 ) -> None:  # fmt: skip
     """Raises one error that names the argument, what was expected and what came."""
     if memory != "save":
         if memory == "recompute":
-            raise NotImplementedError("lstm: memory='recompute' is not there yet; use memory='save'")
+            raise NotImplementedError(
+                "lstm: memory='recompute' is not there yet; use memory='save'"
+            )
         raise ValueError(f"lstm: memory must be 'save' or 'recompute', got {memory!r}")
     if precision not in (None, "tf32", "ieee"):
         raise ValueError(f"lstm: precision must be None, 'tf32' or 'ieee', got {precision!r}")
@@ -91,7 +93,9 @@ def validate(
         raise ValueError(f"lstm: weights[1] (w_hh) must be [4*H, H], got {tuple(weights[1].shape)}")
     H = weights[1].shape[0] // 4
     if not 0 <= proj_size < max(H, 1):
-        raise ValueError(f"lstm: proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}")
+        raise ValueError(
+            f"lstm: proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}"
+        )
     P = proj_size or H
     count = num_layers * directions
     width = x.shape[2]
@@ -111,7 +115,8 @@ def validate(
     if lengths is not None:
         if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"lstm: lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}"
+                f"lstm: lengths must be int32 or int64 [{B}], "
+                f"got {lengths.dtype} {tuple(lengths.shape)}"
             )
     if reset is not None:
         if reset.shape != x.shape[:2] or reset.dtype != torch.bool or reset.device != x.device:

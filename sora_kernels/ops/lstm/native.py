@@ -1,8 +1,8 @@
-"""The layer through ``sora_kernels._C``: torch's GEMMs for what is parallel over time, csrc/lstm for what is not.
+"""The layer through ``sora_kernels._C``: torch's GEMMs, and csrc/lstm for the chain over time.
 
-Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums in registers and
-threads over rows or units. *Steps*: one GEMM and one cell kernel a step, on the current stream; the way on CUDA, and on
-the CPU where there are too few steps to pay for packing.
+Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums
+in registers and threads over rows or units. *Steps*: one GEMM and one cell kernel a step, on the
+current stream; the way on CUDA, and on the CPU where there are too few steps to pay for packing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def forward(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], bias: bool, tapes: bool
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    tapes: bool,
 ) -> Result:
-    """As ``reference.layer`` without lengths, resets and projection; empty tapes where not wanted."""
-    T, B, I = x.shape
+    """As ``reference.layer`` without lengths, resets and projection; tapes empty if unwanted."""
+    T, B, width = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
     h0, c0 = _pointable(x, h0), _pointable(x, c0)
-    flat = x.reshape(T * B, I)
+    flat = x.reshape(T * B, width)
     if D == 1:
         gates = _project(flat, weights, bias, None)
     else:
@@ -40,15 +45,22 @@ def forward(
     cells = x.new_empty((T, B, D * H) if tapes else 0, dtype=state)
     if x.is_cuda or not _worth_packing(T, B, H):
         _forward_steps(
-            h0, c0, weights[1::per], gates.view(D, T, B, 4 * H), y, cells if tapes else None, h_n, c_n
+            h0,
+            c0,
+            weights[1::per],
+            gates.view(D, T, B, 4 * H),
+            y,
+            cells if tapes else None,
+            h_n,
+            c_n,
         )
     else:
         w_hh = _pointable(x, weights[1])
         w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
         _native.module().lstm_forward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), _pointer(w_hh), _pointer(w_hh_reverse),
-            _pointer(h0), _pointer(c0), y.data_ptr(), cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(),
-            _native.num_threads(),
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), _pointer(w_hh),
+            _pointer(w_hh_reverse), _pointer(h0), _pointer(c0), y.data_ptr(), cells.data_ptr(),
+            h_n.data_ptr(), c_n.data_ptr(), _native.num_threads(),
         )  # fmt: skip
     return Result(y, h_n, c_n, cells, gates.view(D, T, B, 4 * H) if tapes else x.new_empty(0))
 
@@ -58,8 +70,8 @@ def backward(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     y: Tensor, cells: Tensor, gates: Tensor, bias: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """As ``reference.layer_backward``; ``needs`` says which of x, h0, c0 and each weight. None where not needed."""
-    T, B, I = x.shape
+    """As ``reference.layer_backward``, for what ``needs`` says of x, h0, c0 and each weight."""
+    T, B, width = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
     h0, c0, dy, dh_n, dc_n = (_pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
@@ -72,11 +84,13 @@ def backward(
         w_hh = _pointable(x, weights[1])
         w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
         _native.module().lstm_backward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(), _pointer(w_hh), _pointer(w_hh_reverse),
-            _pointer(c0), _pointer(dy), _pointer(dcells), _pointer(dh_n), _pointer(dc_n), dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), _native.num_threads(),
+            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(), _pointer(w_hh),
+            _pointer(w_hh_reverse), _pointer(c0), _pointer(dy), _pointer(dcells), _pointer(dh_n),
+            _pointer(dc_n), dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(),
+            _native.num_threads(),
         )  # fmt: skip
 
-    flat = x.reshape(T * B, I)
+    flat = x.reshape(T * B, width)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = [None] * len(weights)
     for d in range(D):
@@ -93,16 +107,17 @@ def backward(
             db = own.sum(0)
             dweights[d * per + 2] = db
             dweights[d * per + 3] = db.clone() if needs_own[2] and needs_own[3] else db
-    return None if dx is None else dx.view(T, B, I), dh0, dc0, dweights
+    return None if dx is None else dx.view(T, B, width), dh0, dc0, dweights
 
 
 def _pointable(like: Tensor, t: Tensor | None) -> Tensor | None:
-    """``t`` as memory that a kernel may read beside ``like``: checked again here, because pointers follow."""
+    """``t`` as memory that a kernel may read beside ``like``: the last check before pointers."""
     if t is None:
         return None
     if t.dtype != like.dtype or t.device != like.device:
         raise ValueError(
-            f"lstm: expected every tensor to be {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
+            f"lstm: expected every tensor to be {like.dtype} on {like.device}, "
+            f"got {t.dtype} on {t.device}"
         )
     return t if t.is_contiguous() else t.contiguous()
 
@@ -120,12 +135,12 @@ def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor | Non
 
 
 def _worth_packing(T: int, B: int, H: int) -> bool:
-    """Whether one call of the CPU kernel beats T calls of GEMM and cell: it packs 4 H^2 values first."""
+    """Whether one CPU kernel beats T times GEMM and cell: it packs 4 H^2 values first."""
     return H < 192 or T > (4 if B == 1 else 2)
 
 
 def _previous_rows(y: Tensor, d: int, H: int, T: int, B: int) -> tuple[Tensor, slice]:
-    """Direction d's outputs that were some later step's h_prev, [(T-1)*B, H], and the steps that they went into."""
+    """Direction d's outputs that some step started from, [(T-1)*B, H], and those steps' rows."""
     rows = (y[:-1] if d == 0 else y[1:]).view((T - 1) * B, y.shape[-1])
     return rows[:, d * H : (d + 1) * H], slice(B, None) if d == 0 else slice(0, (T - 1) * B)
 
@@ -150,8 +165,8 @@ def _stream(t: Tensor) -> tuple[int, int]:
 
 
 def _forward_steps(
-    h0: Tensor | None, c0: Tensor | None, w_hh: Sequence[Tensor], gates: Tensor, y: Tensor, cells: Tensor | None,
-    h_n: Tensor, c_n: Tensor,
+    h0: Tensor | None, c0: Tensor | None, w_hh: Sequence[Tensor], gates: Tensor, y: Tensor,
+    cells: Tensor | None, h_n: Tensor, c_n: Tensor,
 ) -> None:  # fmt: skip
     D, T, B, H4 = gates.shape
     H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], state_dtype(gates.dtype)
@@ -174,18 +189,20 @@ def _forward_steps(
             if cells is not None:
                 c, c_stride = cells.data_ptr() + (t * B * D + d) * H * state_size, D * H
             cell(
-                code, B, H, gates.data_ptr() + (d * T + t) * B * 4 * H * size, c_prev, c_prev_stride, c, c_stride,
-                y.data_ptr() + (t * B * D + d) * H * size, D * H, device, stream,
+                code, B, H, gates.data_ptr() + (d * T + t) * B * 4 * H * size, c_prev,
+                c_prev_stride, c, c_stride, y.data_ptr() + (t * B * D + d) * H * size, D * H,
+                device, stream,
             )  # fmt: skip
             h, c_prev, c_prev_stride = own_y[t], c, c_stride
-        h_n[d] = h
+        h_n[d].copy_(h)  # type: ignore[arg-type]
         last = T - 1 if d == 0 else 0
-        c_n[d] = c_state if cells is None else cells[last, :, d * H : (d + 1) * H]
+        c_n[d].copy_(c_state if cells is None else cells[last, :, d * H : (d + 1) * H])  # type: ignore[arg-type]
 
 
 def _backward_steps(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, c0: Tensor | None,
-    w_hh: Sequence[Tensor], cells: Tensor, gates: Tensor, dgates: Tensor, dh0: Tensor, dc0: Tensor,
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    c0: Tensor | None, w_hh: Sequence[Tensor], cells: Tensor, gates: Tensor, dgates: Tensor,
+    dh0: Tensor, dc0: Tensor,
 ) -> None:  # fmt: skip
     D, T, B, H4 = gates.shape
     H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], cells.dtype
@@ -210,11 +227,13 @@ def _backward_steps(
                 c_prev, c_prev_stride = (0 if c_first is None else c_first.data_ptr()), H
             step = (d * T + t) * B * 4 * H * size
             cell(
-                code, B, H, gates.data_ptr() + step, c_prev, c_prev_stride, cells.data_ptr() + row * state_size, D * H,
+                code, B, H, gates.data_ptr() + step, c_prev, c_prev_stride,
+                cells.data_ptr() + row * state_size, D * H,
                 0 if dy is None else dy.data_ptr() + row * size, D * H,
                 0 if dcells is None else dcells.data_ptr() + row * state_size, D * H,
-                0 if dh is None else dh.data_ptr(), dc.data_ptr(), dgates.data_ptr() + step, device, stream,
+                0 if dh is None else dh.data_ptr(), dc.data_ptr(), dgates.data_ptr() + step,
+                device, stream,
             )  # fmt: skip
             dh = torch.mm(own_dgates[t], w)
-        dh0[d] = dh
-        dc0[d] = dc
+        dh0[d].copy_(dh)  # type: ignore[arg-type]
+        dc0[d].copy_(dc)

@@ -1,4 +1,4 @@
-"""``lstm``: schema, backends, gradient and the public function. The registered op is one layer, all directions."""
+"""``lstm``: schema, backends, gradient, public function. The registered op is one layer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _native_can_run(facts: Facts) -> Verdict:
         return no(f"proj_size is {facts.proj_size}; the native kernels have no projection")
     if facts.device.type == "cpu":
         if facts.dtype not in native.CPU_DTYPES:
-            return no(f"x is {facts.dtype} on the CPU; the native kernels take fp32, fp64 and bf16 there")
+            return no(
+                f"x is {facts.dtype} on the CPU; the native kernels take fp32, fp64 and bf16 there"
+            )
         status = _native.status()
     elif facts.device.type == "cuda":
         if facts.dtype not in native.DTYPE_CODES:
@@ -58,13 +60,18 @@ def _native_can_run(facts: Facts) -> Verdict:
 
 def _torch_can_run(facts: Facts) -> Verdict:
     if facts.keeps_gates:
-        return no("torch's LSTM keeps no gates for a backward op, so a compiled training step cannot use it")
+        return no(
+            "torch's LSTM keeps no gates for a backward op, "
+            "so a compiled training step cannot use it"
+        )
     if facts.reset:
         return no("reset was given; torch's LSTM cannot reset")
     if facts.cells:
         return no("return_cells is True; torch's LSTM returns the last cell state alone")
     if facts.precision and facts.device.type == "cuda":
-        return no(f"precision is {facts.precision!r}; torch's LSTM follows torch.backends.cudnn alone")
+        return no(
+            f"precision is {facts.precision!r}; torch's LSTM follows torch.backends.cudnn alone"
+        )
     return YES
 
 
@@ -93,8 +100,12 @@ class _Native:
         return native.forward(x, h0, c0, weights, bias, tapes)
 
     @staticmethod
-    def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs):
-        return native.backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, bias, needs)
+    def backward(
+        dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs
+    ):
+        return native.backward(
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, bias, needs
+        )
 
 
 class _Torch:
@@ -117,14 +128,16 @@ class _Reference:
         return (*found[:3], x.new_empty(0, dtype=found.cells.dtype), x.new_empty(0))
 
     @staticmethod
-    def backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs):
+    def backward(
+        dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs
+    ):
         return reference.layer_backward(
             dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias
         )
 
 
 def _floor_bytes(facts: Facts) -> int:
-    """Least traffic of the forward pass of one layer: w_hh once, gates in (and out if kept), y out."""
+    """Least traffic of one layer's forward pass: w_hh once, gates in (out if kept), y out."""
     H, D = facts.hidden_size, facts.directions
     rows = facts.steps * facts.batch * D
     return (4 * H * H * D + rows * (4 * H * (1 + facts.grad) + H)) * facts.dtype.itemsize
@@ -141,8 +154,8 @@ def _facts_of_call(
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(hx or ()), *weights))
     T, B = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
     return Facts(
-        x.device, x.dtype, T, B, weights[1].shape[0] // 4, proj_size, 1 + bidirectional, grad, False,
-        lengths is not None, reset is not None, return_cells, precision or "",
+        x.device, x.dtype, T, B, weights[1].shape[0] // 4, proj_size, 1 + bidirectional, grad,
+        False, lengths is not None, reset is not None, return_cells, precision or "",
     )  # fmt: skip
 
 
@@ -161,8 +174,8 @@ OPERATOR = Operator(
 def _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision) -> Facts:
     sizes = Sizes.of_layer(x, weights, bias)
     return Facts(
-        x.device, x.dtype, x.shape[0], x.shape[1], sizes.hidden_size, sizes.proj_size, sizes.directions,
-        tapes, tapes, lengths is not None, reset is not None, False, precision,
+        x.device, x.dtype, x.shape[0], x.shape[1], sizes.hidden_size, sizes.proj_size,
+        sizes.directions, tapes, tapes, lengths is not None, reset is not None, False, precision,
     )  # fmt: skip
 
 
@@ -186,7 +199,8 @@ def _fwd_fake(x, h0, c0, weights, lengths, reset, bias, tapes, precision, backen
 
 
 def _bwd_impl(
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs, precision, backend
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs,
+    precision, backend
 ):  # fmt: skip
     facts = _facts_of_layer(x, weights, lengths, reset, bias, True, precision)
     impl = OPERATOR.select(backend, facts).impl
@@ -200,11 +214,17 @@ def _bwd_impl(
 
 
 def _bwd_fake(
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs, precision, backend
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs,
+    precision, backend
 ):  # fmt: skip
     sizes = Sizes.of_layer(x, weights, bias)
     B, D = x.shape[1], sizes.directions
-    shapes = [x.shape, (D, B, sizes.output_size), (D, B, sizes.hidden_size), *(w.shape for w in weights)]
+    shapes = [
+        x.shape,
+        (D, B, sizes.output_size),
+        (D, B, sizes.hidden_size),
+        *(w.shape for w in weights),
+    ]
     full = [x.new_empty(s if n else (0,)) for s, n in zip(shapes, needs, strict=True)]
     return full[0], full[1], full[2], full[3:]
 
@@ -220,27 +240,30 @@ def _switched_matmul(value: str) -> Iterator[None]:
 
 
 def _matmul_precision(x: Tensor, precision: str) -> contextlib.AbstractContextManager[None]:
-    """The flag that torch's GEMMs read, for this call. It is global: other threads see it meanwhile."""
+    """Torch's GEMM flag for this call. It is global: other threads see it meanwhile."""
     if precision and x.is_cuda and x.dtype == torch.float32:
         return _switched_matmul(precision)
     return contextlib.nullcontext()
 
 
 _fwd = register(
-    "lstm_fwd(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, bool bias, "
-    "bool tapes, str precision, str backend) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)",
+    "lstm_fwd(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, "
+    "bool bias, bool tapes, str precision, str backend) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)",
     _fwd_impl,
     _fwd_fake,
 )
 _bwd = register(
-    "lstm_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, Tensor? lengths, Tensor? reset, Tensor y, Tensor cells, Tensor gates, bool bias, "
-    "bool[] needs, str precision, str backend) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
+    "lstm_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
+    "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, Tensor y, Tensor cells, "
+    "Tensor gates, bool bias, bool[] needs, str precision, str backend) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
     _bwd_impl,
     _bwd_fake,
 )
 
-# Order of an op call's tensors: x, h0, c0, lengths, reset, then the weights. Flags: bias, precision, cells wanted.
+# Order of an op call's tensors: x, h0, c0, lengths, reset, then the weights. Flags: bias,
+# precision, cells wanted.
 _FIXED = 5
 
 
@@ -304,53 +327,61 @@ def lstm(
 
     Equivalent to ``torch.nn.LSTM``::
 
-        y, h_n, c_n = torch._VF.lstm(x, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+        y, h_n, c_n = torch._VF.lstm(x, hx, weights, bias, num_layers, dropout, training,
+                                     bidirectional, batch_first)
 
     Args:
-        x: ``[T, B, I]``, or ``[B, T, I]`` if ``batch_first``; T >= 1, any B; fp16, bf16, fp32 or fp64.
-        hx: ``(h_0, c_0)``, ``[L*D, B, P]`` and ``[L*D, B, H]`` (P = proj_size or H), or None for zeros.
-        weights: in torch's order: by layer, by direction ``w_ih [4H, I or D*P]``, ``w_hh [4H, P]``, then ``b_ih``,
-            ``b_hh [4H]`` if ``bias``, then ``w_hr [P, H]`` if ``proj_size``. Gate order i, f, g, o.
+        x: ``[T, B, I]``, or ``[B, T, I]`` if ``batch_first``; T >= 1, any B; fp16, bf16, fp32 or
+            fp64.
+        hx: ``(h_0, c_0)``, ``[L*D, B, P]`` and ``[L*D, B, H]`` (P = proj_size or H), or None for
+            zeros.
+        weights: in torch's order: by layer, by direction ``w_ih [4H, I or D*P]``, ``w_hh [4H, P]``,
+            then ``b_ih``, ``b_hh [4H]`` if ``bias``, then ``w_hr [P, H]`` if ``proj_size``. Gate
+            order i, f, g, o.
         dropout: probability of an output being zeroed between layers, where ``training``.
-        lengths: int ``[B]`` in 0..T: row b ends before step ``lengths[b]``. y is 0 from there, h_n and c_n are those of the
-            row's last step, and the reverse direction starts at it.
-        reset: bool, shaped as x's first two axes: a new sequence starts at a true entry. The state is cleared before that
-            step (in the reverse direction: before the step ahead of it).
+        lengths: int ``[B]`` in 0..T: row b ends before step ``lengths[b]``. y is 0 from there, h_n
+            and c_n are those of the row's last step, and the reverse direction starts at it.
+        reset: bool, shaped as x's first two axes: a new sequence starts at a true entry. The state
+            is cleared before that step (in the reverse direction: before the step ahead of it).
         return_cells: also return the last layer's cell state at every step, differentiable.
         memory: "save" keeps the gates for backward.
         precision: of fp32 matrix products on CUDA: "tf32", "ieee", or None for torch's flags.
         backend: "native", "torch", "reference", or None for the fastest that can run.
 
     Returns:
-        ``(y, (h_n, c_n))``, with ``return_cells`` ``(y, (h_n, c_n), cells)``: y ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n
-        ``[L*D, B, H]``, cells ``[T, B, D*H]``, in x's dtype; y and cells ``[B, T, ...]`` if ``batch_first``.
+        ``(y, (h_n, c_n))``, with ``return_cells`` ``(y, (h_n, c_n), cells)``: y ``[T, B, D*P]``,
+        h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]``, cells ``[T, B, D*H]``, in x's dtype; y and cells
+        ``[B, T, ...]`` if ``batch_first``.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is off.
         NotImplementedError: memory="recompute".
         BackendError: the named backend cannot run this call; the message says why.
 
-    Cell states are kept in fp32 (fp64 for fp64). Under autocast x, hx and weights are cast to its dtype. Gradients of
-    any order exist on "native" and "reference"; inside ``torch.func`` the reference runs. "torch" has torch's own limits.
-    Hochreiter and Schmidhuber (1997), with the forget gate of Gers et al. (2000); projection: Sak et al. (2014).
+    Cell states are kept in fp32 (fp64 for fp64). Under autocast x, hx and weights are cast to its
+    dtype. Gradients of any order exist on "native" and "reference"; inside ``torch.func`` the
+    reference runs. "torch" has torch's own limits.
+
+    Source: Hochreiter and Schmidhuber (1997), the forget gate of Gers et al. (2000), the projection
+    of Sak et al. (2014).
     """
     backend = OPERATOR.check_name(backend)
     x, hx, weights = autocast(x, hx, weights)
     validate(
-        x, hx, weights, bias, num_layers, bidirectional, batch_first, proj_size, dropout, lengths, reset, memory,
-        precision,
+        x, hx, weights, bias, num_layers, bidirectional, batch_first, proj_size, dropout, lengths,
+        reset, memory, precision,
     )  # fmt: skip
     return run(
-        x, hx, weights, bias, num_layers, bidirectional, batch_first, proj_size, dropout, training, lengths,
-        reset, return_cells, precision, backend,
+        x, hx, weights, bias, num_layers, bidirectional, batch_first, proj_size, dropout, training,
+        lengths, reset, return_cells, precision, backend,
     )  # fmt: skip
 
 
 def run(
-    x: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], bias: bool, num_layers: int,
-    bidirectional: bool, batch_first: bool, proj_size: int, dropout: float, training: bool,
-    lengths: Tensor | None = None, reset: Tensor | None = None, return_cells: bool = False,
-    precision: str | None = None, backend: str = "",
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], bias: bool,
+    num_layers: int, bidirectional: bool, batch_first: bool, proj_size: int, dropout: float,
+    training: bool, lengths: Tensor | None = None, reset: Tensor | None = None,
+    return_cells: bool = False, precision: str | None = None, backend: str = "",
 ) -> Any:  # fmt: skip
     """``lstm`` on arguments that are known to be good."""
     directions = 2 if bidirectional else 1
@@ -363,14 +394,16 @@ def run(
             x.requires_grad or any(t.requires_grad for t in (*weights, *(hx or ())))
         )
         facts = Facts(
-            x.device, x.dtype, x.shape[0], x.shape[1], weights[1].shape[0] // 4, proj_size, directions,
-            grad, False, lengths is not None, reset is not None, return_cells, precision or "",
+            x.device, x.dtype, x.shape[0], x.shape[1], weights[1].shape[0] // 4, proj_size,
+            directions, grad, False, lengths is not None, reset is not None, return_cells,
+            precision or "",
         )  # fmt: skip
         backend = OPERATOR.select(backend, facts).name
         stock_layers = backend == "torch"
     if stock_layers:  # it has gradients of its own
         sizes = Sizes(directions, weights[1].shape[0] // 4, proj_size)
-        hx = sizes.states(x, *(hx or (None, None)), num_layers)
+        h0, c0 = hx or (None, None)
+        hx = sizes.states(x, h0, c0, num_layers)
         y, h_n, c_n = stock.lstm(
             x, hx, weights, bias, num_layers, dropout, training, bidirectional, lengths
         )
@@ -386,7 +419,8 @@ def run(
                 own = slice(layer * directions, (layer + 1) * directions)
                 h0, c0 = hx[0][own], hx[1][own]
             own_weights = weights[layer * per_layer : (layer + 1) * per_layer]
-            y, h_n, c_n, cells = _call((y, h0, c0, lengths, reset, *own_weights), flags, backend)
+            found: Any = _call((y, h0, c0, lengths, reset, *own_weights), flags, backend)
+            y, h_n, c_n, cells = found
             h_all.append(h_n)
             c_all.append(c_n)
         if num_layers > 1:

@@ -1,11 +1,13 @@
 """The LSTM's definition in plain torch: one layer, all its directions, any device and dtype.
 
-``layer`` is a differentiable loop over time; ``layer_backward`` is its gradient written by hand, from the tapes
-that every backend saves. Neither writes in place, so that vmap, jvp and export take them.
+``layer`` is a differentiable loop over time; ``layer_backward`` is its gradient written by hand,
+from the tapes that every backend saves. Neither writes in place, so that vmap, jvp and export take
+them.
 
-Shapes: ``x`` [T, B, I], ``h0`` [D, B, P], ``c0`` [D, B, H], weights by direction ``w_ih`` [4H, I], ``w_hh`` [4H, P],
-then ``b_ih``, ``b_hh`` [4H] if ``bias``, then ``w_hr`` [P, H] if there is a projection (else P = H). Gate order
-i, f, g, o. States are kept and gates activated in fp32 for 16-bit tensors, else in the tensors' own dtype.
+Shapes: ``x`` [T, B, I], ``h0`` [D, B, P], ``c0`` [D, B, H], weights by direction ``w_ih`` [4H, I],
+``w_hh`` [4H, P], then ``b_ih``, ``b_hh`` [4H] if ``bias``, then ``w_hr`` [P, H] if there is a
+projection (else P = H). Gate order i, f, g, o. States are kept and gates activated in fp32 for
+16-bit tensors, else in the tensors' own dtype.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ class Weights(NamedTuple):
 
 
 class Result(NamedTuple):
-    """``y`` [T, B, D*P], ``h_n`` [D, B, P], ``c_n`` [D, B, H]; for the caller who asks, and for backward: ``cells``
-    [T, B, D*H] in the state dtype and ``gates`` [D, T, B, 4H] after activation (0 past a row's length)."""
+    """``y`` [T, B, D*P], ``h_n`` [D, B, P], ``c_n`` [D, B, H]; for the caller who asks, and for
+    backward: ``cells`` [T, B, D*H] in the state dtype and ``gates`` [D, T, B, 4H] after activation
+    (0 past a row's length)."""
 
     y: Tensor
     h_n: Tensor
@@ -45,7 +48,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def split_weights(weights: Sequence[Tensor], bias: bool) -> list[Weights]:
-    """A layer's flat list, by direction. One or two directions are told apart by the number of entries."""
+    """A layer's flat list, by direction. One or two directions are told apart by the number of
+    entries.
+    """
     per = 4 if bias else 2
     if len(weights) not in (per, 2 * per):
         per += 1
@@ -70,10 +75,10 @@ def layer(
     """Runs one layer; ``None`` states are zero.
 
     Args:
-        lengths: int [B]; row b ends before step ``lengths[b]``: its states stop there (the reverse direction starts
-            there) and its outputs are 0 from there on.
-        reset: bool [T, B]; true at t means that a new sequence starts at t: the forward direction clears its state
-            before step t, the reverse direction before step t - 1.
+        lengths: int [B]; row b ends before step ``lengths[b]``: its states stop there (the reverse
+            direction starts there) and its outputs are 0 from there on.
+        reset: bool [T, B]; true at t means that a new sequence starts at t: the forward direction
+            clears its state before step t, the reverse direction before step t - 1.
     """
     T, B = x.shape[:2]
     per_direction = []
@@ -109,9 +114,13 @@ def layer(
             steps.reverse()
         stacked = [torch.stack(column) for column in zip(*steps, strict=True)]
         per_direction.append((h, c.to(x.dtype), *stacked))
-    h_n, c_n, y, cells, gates = zip(*per_direction, strict=True)
+    h_n, c_n, y, cells, activations = zip(*per_direction, strict=True)
     return Result(
-        torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n), torch.cat(cells, -1), torch.stack(gates)
+        torch.cat(y, -1),
+        torch.stack(h_n),
+        torch.stack(c_n),
+        torch.cat(cells, -1),
+        torch.stack(activations),
     )
 
 
@@ -131,7 +140,9 @@ def layer_backward(
     gates: Tensor,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of ``x``, ``h0``, ``c0`` and of every weight; ``None`` gradients of outputs are zero."""
+    """Gradients of ``x``, ``h0``, ``c0`` and of every weight; ``None`` gradients of outputs are
+    zero.
+    """
     T, B = x.shape[:2]
     state = cells.dtype
     dx, dh0, dc0, dweights = [], [], [], []
@@ -146,7 +157,9 @@ def layer_backward(
         for t in reversed(range(T)) if d == 0 else range(T):
             live = None if lengths is None else (t < lengths)[:, None]
             clear = _clear_before(t, d, T, lengths, reset)
-            h_prev, c_prev = _previous(t, d, T, lengths, y[..., own_h], cells[..., own_c], h_first, c_first)
+            h_prev, c_prev = _previous(
+                t, d, T, lengths, y[..., own_h], cells[..., own_c], h_first, c_first
+            )
             if clear is not None:
                 h_prev, c_prev = h_prev.masked_fill(clear, 0), c_prev.masked_fill(clear, 0)
             dh_now = dh if dy is None else dh + dy[t, :, own_h]
@@ -170,7 +183,8 @@ def layer_backward(
             h_prevs.append(h_prev)
             dhs.append(dh_now)
         if d == 0:
-            dgates.reverse(), h_prevs.reverse(), dhs.reverse()
+            for column in (dgates, h_prevs, dhs):
+                column.reverse()
         da, h_prev = torch.stack(dgates).flatten(0, 1), torch.stack(h_prevs).flatten(0, 1)
         dx.append((da @ w.w_ih).unflatten(0, (T, B)))
         dh0.append(dh)
