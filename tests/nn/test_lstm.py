@@ -80,14 +80,15 @@ def test_packed_sequence(options):
 
 
 def test_packed_sequence_refusals():
-    ours, theirs = pair()
+    ours, _ = pair()
     packed = pack_padded_sequence(torch.randn(5, 3, 4, dtype=torch.float64), [5, 3, 1])
     with pytest.raises(
         RuntimeError, match=r"Expected hidden\[0\] size \(1, 3, 6\), got \[1, 4, 6\]"
     ):
         ours(packed, states(ours, 4))
     narrow = pack_padded_sequence(torch.randn(5, 3, 2, dtype=torch.float64), [5, 3, 1])
-    assert error_of(lambda: ours(narrow)) == error_of(lambda: theirs(narrow))
+    with pytest.raises(RuntimeError, match="must be equal to input_size. Expected 4, got 2"):
+        ours(narrow)
     ours.backend = "reference"
     with pytest.raises(BackendError, match="'reference' cannot run: the input is a PackedSequence"):
         ours(packed)
@@ -264,7 +265,7 @@ def test_export():
     sizes = {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}
     program = torch.export.export(ours, (torch.randn(3, 5, 4),), dynamic_shapes=(sizes,))
     x = torch.randn(2, 9, 4)
-    assert torch.equal(program.module()(x)[0], ours(x)[0])
+    assert_close(program.module()(x)[0], ours(x)[0], "composition_fp32")
 
 
 def test_vmap_over_an_ensemble():
