@@ -34,9 +34,30 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules[modules[part]] = None  # type: ignore[assignment]
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        if "triton" not in hidden:
+            _mend_interpreter()
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter reads a loop's bound with ``int(array of one)``, which numpy 2.5 refuses."""
+    try:
+        import numpy
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    try:
+        int(numpy.zeros(1))
+    except TypeError:
+        set_attr = interpreter._LangPatchScope.set_attr
+
+        def mended(self, obj, name, value):
+            by_item = name == "__index__"
+            set_attr(self, obj, name, (lambda t: t.handle.data.item()) if by_item else value)
+
+        interpreter._LangPatchScope.set_attr = mended
 
 
 def _parts() -> dict[str, str]:

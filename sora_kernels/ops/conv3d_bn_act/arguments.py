@@ -2,17 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import ACTIVATIONS
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NAME = "conv3d_bn_act"
+# What a parameter or running statistic may be kept in, by x's dtype.
+VECTOR_DTYPES = {dtype: {dtype, torch.promote_types(dtype, torch.float32)} for dtype in DTYPES}
+
+
+class Geometry(NamedTuple):
+    """A convolution's shape arguments in normal form; [t, h, w] lists, nobody writes to them."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    pad: tuple[list[int], list[int]] | None  # before, after: what has to be padded as a tensor first
+    output: list[int]  # [N, K, T', H', W']
+
+
+def geometry(
+    x: Sequence[int], weight: Sequence[int], stride: Any, padding: Any, padding_mode: str, dilation: Any, groups: int
+) -> Geometry:  # fmt: skip
+    """Checks the shapes of x and weight and everything about the window."""
+    if len(x) != 5:
+        raise ValueError(f"x: expected 5 dimensions [N, C, T, H, W], got {tuple(x)}")
+    if len(weight) != 5:
+        raise ValueError(
+            f"weight: expected 5 dimensions [K, C / groups, kt, kh, kw], got {tuple(weight)}"
+        )
+    k = weight[0]
+    if groups < 1 or k % groups:
+        raise ValueError(
+            f"groups: expected a divisor of weight's {k} output channels, got {groups}"
+        )
+    if x[1] != weight[1] * groups:
+        raise ValueError(
+            f"x: expected {weight[1] * groups} channels for weight {tuple(weight)} and groups {groups}, "
+            f"got {tuple(x)}"
+        )
+    if padding_mode not in ("zeros", "replicate"):
+        raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', got {padding_mode!r}")
+    strides, dilations = triple("stride", stride, 1), triple("dilation", dilation, 1)
+    before, after = paddings(padding)
+    sizes = [
+        (x[2 + i] + before[i] + after[i] - dilations[i] * (weight[2 + i] - 1) - 1) // strides[i] + 1
+        for i in range(3)
+    ]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"x: too small for the kernel {tuple(weight[2:])} with dilation {tuple(dilations)}: "
+            f"got {tuple(x)} with padding {padding}"
+        )
+    output = [x[0], k, *sizes]
+    if before != after or (padding_mode != "zeros" and any(before)):
+        return Geometry(strides, [0, 0, 0], dilations, (before, after), output)
+    return Geometry(strides, before, dilations, None, output)
+
+
+cached_geometry = functools.lru_cache(maxsize=4096)(geometry)
+
+
+def hashable(value: Any) -> Any:
+    """An int, or nested tuples: what ``cached_geometry`` takes."""
+    if isinstance(value, (int, str)):
+        return value
+    return tuple(hashable(v) for v in value)
 
 
 def triple(name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -39,68 +98,38 @@ def paddings(padding: int | Sequence[int] | Sequence[Sequence[int]]) -> tuple[li
 
 def pad(x: Tensor, before: Sequence[int], after: Sequence[int], mode: str) -> Tensor:
     """x padded as a tensor: for the forms that ATen's convolution cannot take."""
-    if mode not in ("zeros", "replicate"):
-        raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', got {mode!r}")
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     sides = [side for axis in (2, 1, 0) for side in (before[axis], after[axis])]
     x = F.pad(x, sides, "constant" if mode == "zeros" else "replicate")
     return x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
 
 
-def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[Any]:
-    """[N, K, T', H', W'] (symbolic where x is)."""
-    n, _, t, h, w = x.shape
-    k, _, kt, kh, kw = weight.shape
-    return [
-        n,
-        k,
-        (t + 2 * padding[0] - dilation[0] * (kt - 1) - 1) // stride[0] + 1,
-        (h + 2 * padding[1] - dilation[1] * (kh - 1) - 1) // stride[1] + 1,
-        (w + 2 * padding[2] - dilation[2] * (kw - 1) - 1) // stride[2] + 1,
-    ]
-
-
-def validate(
-    x: Tensor,
-    weight: Tensor,
-    vectors: dict[str, Tensor | None],
-    activation: str | None,
-    groups: int,
-) -> None:
-    """Raises one ValueError that names the argument, what was expected and what came."""
-    if x.dim() != 5:
-        raise ValueError(f"x: expected 5 dimensions [N, C, T, H, W], got {_said(x)}")
-    if weight.dim() != 5:
-        raise ValueError(
-            f"weight: expected 5 dimensions [K, C / groups, kt, kh, kw], got {_said(weight)}"
-        )
-    if x.dtype not in DTYPES:
+def check_tensors(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, output: list[int],
+) -> None:  # fmt: skip
+    """Dtypes, devices and the shapes that ``geometry`` has not seen. One look a tensor: this runs every call."""
+    dtype, device, k = x.dtype, x.device, weight.shape[0]
+    allowed = VECTOR_DTYPES.get(dtype)
+    if allowed is None:
         raise ValueError(f"x: expected fp16, bf16, fp32 or fp64, got {_said(x)}")
-    if weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"weight: expected {x.dtype} on {x.device} like x, got {_said(weight)}")
-    k = weight.shape[0]
-    if groups < 1 or k % groups:
+    if weight.dtype is not dtype or weight.device != device:
+        raise ValueError(f"weight: expected {dtype} on {device} like x, got {_said(weight)}")
+    for i, v in enumerate((bn_weight, bn_bias, running_mean, running_var)):
+        if v is not None and (v.dtype not in allowed or v.device != device or v.shape != (k,)):
+            name = ("bn_weight", "bn_bias", "running_mean", "running_var")[i]
+            expected = " or ".join(sorted(map(str, allowed)))
+            raise ValueError(f"{name}: expected ({k},) {expected} on {device}, got {_said(v)}")
+    if bias is not None and (bias.dtype is not dtype or bias.device != device or bias.shape != (k,)):  # fmt: skip
+        raise ValueError(f"bias: expected ({k},) {dtype} on {device}, got {_said(bias)}")
+    if residual is not None and (
+        residual.dtype is not dtype or residual.device != device or list(residual.shape) != output
+    ):
         raise ValueError(
-            f"groups: expected a divisor of weight's {k} output channels, got {groups}"
+            f"residual: expected {tuple(output)} {dtype} on {device}, got {_said(residual)}"
         )
-    if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"x: expected {weight.shape[1] * groups} channels for weight {tuple(weight.shape)} "
-            f"and groups {groups}, got {_said(x)}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    for name, v in vectors.items():
-        if v is None:
-            continue
-        dtypes = (x.dtype,) if name == "bias" else (x.dtype, torch.promote_types(x.dtype, torch.float32))  # fmt: skip
-        if v.dim() != 1 or v.shape[0] != k or v.dtype not in dtypes or v.device != x.device:
-            raise ValueError(
-                f"{name}: expected [{k}] {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}, "
-                f"got {_said(v)}"
-            )
-    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
-        missing = "running_mean" if vectors["running_mean"] is None else "running_var"
+    if (running_mean is None) is not (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected both running statistics or neither, got None for this one"
         )

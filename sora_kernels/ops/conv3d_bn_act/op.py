@@ -18,10 +18,10 @@ from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import register
 from . import arguments, reference, stock
-from .arguments import DTYPES, output_shape, triple
+from .arguments import DTYPES
 
-_aten_convolution = torch.ops.aten.convolution.default
-_aten_convolution_backward = torch.ops.aten.convolution_backward.default
+# torch.convolution, not torch.ops.aten's: the same op through the faster binding.
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class Facts(NamedTuple):
@@ -140,13 +140,12 @@ OPERATOR = Operator(
 
 def _facts_of_call(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, residual=None, stride=1, padding=0,
-    dilation=1, training=False, **_,
+    padding_mode="zeros", dilation=1, groups=1, training=False, **_,
 ) -> Facts:  # fmt: skip
     """The public arguments -> facts, for ``explain``."""
-    before, after = arguments.paddings(padding)
-    padded = x.new_empty([x.shape[0], x.shape[1], *(s + b + a for s, b, a in zip(x.shape[2:], before, after, strict=True))], device="meta")  # fmt: skip
-    shape = output_shape(padded, weight, triple("stride", stride, 1), (0, 0, 0), triple("dilation", dilation, 1))  # fmt: skip
-    return Facts(x.device, x.dtype, tuple(shape), residual is not None, training or running_mean is None)  # fmt: skip
+    shapes = arguments.geometry(x.shape, weight.shape, stride, padding, padding_mode, dilation, groups)
+    batch_stats = training or running_mean is None
+    return Facts(x.device, x.dtype, tuple(shapes.output), residual is not None, batch_stats)
 
 
 def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -161,46 +160,55 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fwd_impl(
+def _run_forward(
     x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
     dilation, groups, activation, negative_slope, batch_stats, momentum, eps, tapes, backend,
 ):  # fmt: skip
-    y = _aten_convolution(x, weight, None, stride, padding, dilation, False, [0, 0, 0], groups)
+    """z, y, mean, invstd; the last two only where ``tapes``."""
+    y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
     memory_format = _format(x, weight)
     y = y.contiguous(memory_format=memory_format)
-    wide = _statistics_dtype(x)
     if batch_stats and reference.count(y) == 1:
         raise ValueError(
             "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
             f"got a convolution output of {tuple(y.shape)}"
         )
     if y.numel() == 0:
-        mean = torch.zeros(y.shape[1], dtype=wide, device=y.device)
+        mean = y.new_zeros(y.shape[1], dtype=_statistics_dtype(x))
         return torch.empty_like(y), y, mean, torch.ones_like(mean)
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
-    facts = Facts(y.device, y.dtype, tuple(y.shape), residual is not None, batch_stats)
-    passes = OPERATOR.select(backend, facts).impl
-    z, mean, invstd = passes.forward(
-        y, bias, residual, bn_weight, bn_bias,
-        running_mean, running_var, batch_stats=batch_stats, activation=activation, negative_slope=negative_slope,
-        momentum=momentum, eps=eps, tapes=tapes,
+    facts = Facts(y.device, y.dtype, y.shape, residual is not None, batch_stats)
+    z, mean, invstd = OPERATOR.select(backend, facts).impl.forward(
+        y, bias, residual, bn_weight, bn_bias, running_mean, running_var, batch_stats=batch_stats,
+        activation=activation, negative_slope=negative_slope, momentum=momentum, eps=eps, tapes=tapes,
     )  # fmt: skip
-    if not tapes:
-        return z, y.new_empty(0), y.new_empty(0, dtype=wide), y.new_empty(0, dtype=wide)
     return z, y, mean, invstd
 
 
-def _fwd_fake(
-    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
-    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, tapes, backend,
-):  # fmt: skip
-    shape = output_shape(x, weight, stride, padding, dilation)
-    z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x, weight))
-    wide = _statistics_dtype(x)
-    if not tapes:
-        return z, z.new_empty(0), z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
-    channels = z.new_empty(weight.shape[0], dtype=wide)
+_NO_PADDING = [0, 0, 0]
+
+
+def _plain_impl(*args):
+    return _run_forward(*args[:-1], False, args[-1])[0]
+
+
+def _fwd_impl(*args):
+    return _run_forward(*args[:-1], True, args[-1])
+
+
+def _plain_fake(x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, *_):  # fmt: skip
+    sizes = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(3)
+    ]  # fmt: skip
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    return x.new_empty(shape).contiguous(memory_format=_format(x, weight))
+
+
+def _fwd_fake(x, weight, *args):
+    z = _plain_fake(x, weight, *args)
+    channels = z.new_empty(weight.shape[0], dtype=_statistics_dtype(x))
     return z, torch.empty_like(z), channels, torch.empty_like(channels)
 
 
@@ -227,8 +235,8 @@ def _bwd_impl(
     dx = dw = dbias = None
     if needs_dy:
         # Batch statistics take any bias away again: its gradient is exactly zero.
-        dx, dw, dbias = _aten_convolution_backward(
-            dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0, 0], groups,
+        dx, dw, dbias = _convolution_backward(
+            dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, _NO_PADDING, groups,
             [needs_dx, needs_dw, needs_dbias and not batch_stats],
         )  # fmt: skip
     if needs_dbias and batch_stats:
@@ -258,11 +266,16 @@ def _bwd_fake(
     )  # fmt: skip
 
 
+_ARGUMENTS = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str activation, float negative_slope, bool batch_stats, float momentum, float eps, "
+    "str backend) -> "
+)
+# Two schemas rather than optional outputs: without a backward to come there are no tapes to return.
+_plain = register("conv3d_bn_act" + _ARGUMENTS + "Tensor", _plain_impl, _plain_fake)
 _fwd = register(
-    "conv3d_bn_act_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, "
-    "Tensor? bn_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str activation, float negative_slope, bool batch_stats, float momentum, "
-    "float eps, bool tapes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "conv3d_bn_act_fwd" + _ARGUMENTS + "(Tensor z, Tensor y, Tensor mean, Tensor invstd)",
     _fwd_impl,
     _fwd_fake,
 )
@@ -277,7 +290,9 @@ _bwd = register(
 
 
 def _forward(tensors: Tensors, flags: tuple, tapes: bool, backend: str) -> Tensors:
-    return _fwd(*tensors, *flags, tapes, backend)
+    if tapes:
+        return _fwd(*tensors, *flags, backend)
+    return (_plain(*tensors, *flags, backend),)
 
 
 def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
@@ -400,37 +415,30 @@ def conv3d_bn_act(
     Statistics, sums and the normalisation are computed in fp32 (fp64 for fp64). Under autocast x, weight, bias and
     residual are cast to its dtype. Gradients of any order exist; inside ``torch.func`` the reference runs.
     """
-    backend = OPERATOR.check_name(backend)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            residual = None if residual is None else residual.to(dtype)
-    stride, dilation = triple("stride", stride, 1), triple("dilation", dilation, 1)
-    before, after = arguments.paddings(padding)
-    vectors = {
-        "bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean,
-        "running_var": running_var, "bias": bias,
-    }  # fmt: skip
-    arguments.validate(x, weight, vectors, activation, groups)
-    if before != after or (padding_mode != "zeros" and any(before)):
-        x = arguments.pad(x, before, after, padding_mode)
-        before = [0, 0, 0]
-    elif padding_mode not in ("zeros", "replicate"):
-        raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', got {padding_mode!r}")
-    shape = output_shape(x, weight, stride, before, dilation)
-    if min(shape[2:]) < 1:
+    if backend is None or backend not in OPERATOR.backends:
+        backend = OPERATOR.check_name(backend)
+    if activation not in reference.ACTIVATIONS:
         raise ValueError(
-            f"x: too small for the kernel {tuple(weight.shape[2:])} with dilation {tuple(dilation)}: "
-            f"got {tuple(x.shape)} with padding {padding}"
+            f"activation: expected one of {reference.ACTIVATIONS}, got {activation!r}"
         )
-    if residual is not None and (list(residual.shape) != shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual: expected {tuple(shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
-        )
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    if torch.compiler.is_compiling():
+        shapes = arguments.geometry(x.shape, weight.shape, stride, padding, padding_mode, dilation, groups)  # fmt: skip
+    else:
+        shapes = arguments.cached_geometry(
+            x.shape, weight.shape, arguments.hashable(stride), arguments.hashable(padding), padding_mode,
+            arguments.hashable(dilation), groups,
+        )  # fmt: skip
     tensors = (x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var)
-    batch_stats = training or running_mean is None
-    flags = (stride, before, dilation, groups, activation or "", negative_slope, batch_stats, momentum, eps)
+    arguments.check_tensors(*tensors, shapes.output)
+    if shapes.pad is not None:
+        tensors = (arguments.pad(x, *shapes.pad, padding_mode), *tensors[1:])
+    flags = (
+        shapes.stride, shapes.padding, shapes.dilation, groups, activation or "", negative_slope,
+        training or running_mean is None, momentum, eps,
+    )  # fmt: skip
     return _call(tensors, flags, backend)[0]  # type: ignore[return-value]

@@ -142,7 +142,7 @@ def activate_like(
 
 def count(y: Tensor) -> int:
     """Values a channel."""
-    return y.numel() // max(y.shape[1], 1)
+    return y.numel() // (y.shape[1] or 1)
 
 
 def _per_channel(v: Tensor) -> Tensor:

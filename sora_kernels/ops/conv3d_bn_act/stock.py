@@ -10,6 +10,16 @@ from torch import Tensor
 from . import reference
 
 aten = torch.ops.aten
+_WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+def _widened(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
 def forward(
@@ -32,16 +42,16 @@ def forward(
 
     Batch statistics take any bias away again, so it moves the running mean only; in evaluation it moves the mean.
     """
-    wide = torch.promote_types(y.dtype, torch.float32)
+    wide = _WIDE[y.dtype]
     # fp32 parameters make ATen keep fp32 statistics for 16-bit y; without any it would not.
-    weight = y.new_ones(y.shape[1], dtype=wide) if bn_weight is None else bn_weight.to(wide)
-    mean = None if running_mean is None else running_mean.to(wide)
-    variance = None if running_var is None else running_var.to(wide)
+    weight = y.new_ones(y.shape[1], dtype=wide) if bn_weight is None else _widened(bn_weight, wide)
+    shift = _widened(bn_bias, wide)
+    mean, variance = _widened(running_mean, wide), _widened(running_var, wide)
     if bias is not None and not batch_stats:
         assert mean is not None
         mean = mean - bias
-    out, batch_mean, invstd = aten.native_batch_norm(
-        y, weight, None if bn_bias is None else bn_bias.to(wide), mean, variance, batch_stats, momentum, eps
+    out, batch_mean, invstd = torch.native_batch_norm(
+        y, weight, shift, mean, variance, batch_stats, momentum, eps
     )
     if batch_stats:
         if running_mean is not None and running_var is not None:
