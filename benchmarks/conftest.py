@@ -47,9 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
         config.option.benchmark_storage = f"file://.benchmarks/{machine.slug()}"
     torch.set_num_threads(config.getoption("threads"))
-    if torch.cuda.is_available():
-        # The baseline's strongest flags; TF32 stays as torch sets it.
-        torch.backends.cudnn.benchmark = True
 
 
 @pytest.hookimpl(trylast=True)  # the provider varies fastest: its rows share a measurement
@@ -108,7 +105,12 @@ def measured(benchmark: Any, pytestconfig: pytest.Config, providers: list[str]) 
             _BUILT.clear()
             _BUILT[build, key] = build(*key, providers)
         case = _BUILT[build, key]
+        # Not in the check: in fp64 cuDNN's search would take longer than the row.
+        torch.backends.cudnn.benchmark = False
         errors = case.check(provider)
+        torch.backends.cudnn.benchmark = (
+            True  # the baseline's strongest flags; TF32 as torch sets it
+        )
         benchmark.group = case.group
         if not benchmark.enabled:
             benchmark(case.makers[provider]())

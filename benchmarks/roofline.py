@@ -23,7 +23,17 @@ def share(device: str, dtype: torch.dtype, bytes_: int, flops: int, seconds: flo
 def copy_rate(device: str, size: int) -> float:
     """Bytes read and written a second by a copy whose two ends together have about ``size`` bytes:
     what fits a cache is held against that cache."""
-    return _copy_rate(device, 1 << min(max(size.bit_length(), 16), 30), torch.get_num_threads())
+    return raw_copy_rate(device, 1 << min(max(size.bit_length(), 16), 30))
+
+
+def raw_copy_rate(device: str, size: int) -> float:
+    """The same at exactly ``size`` bytes."""
+    return _copy_rate(device, size, torch.get_num_threads())
+
+
+def forget() -> None:
+    """After a change of what decides the rates, such as TF32."""
+    _product_rate.cache_clear()
 
 
 @functools.cache

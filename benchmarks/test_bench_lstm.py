@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sora_kernels.nn.lstm import LSTM
+import sora_kernels as sk
 
 from . import cases, shapes, timers
 
@@ -39,7 +39,7 @@ def build(
             own.flatten_parameters()
             return own if provider == "torch" else torch.compile(own)
         backend = provider.partition(":")[2] or None
-        ours = LSTM(shape["input"], shape["hidden"], **size, backend=backend)
+        ours = sk.nn.LSTM(shape["input"], shape["hidden"], **size, backend=backend)
         ours.to(device, dtype).load_state_dict(stock.state_dict())
         return ours.train(training)
 

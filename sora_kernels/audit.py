@@ -287,7 +287,7 @@ def cached(
     found = audit(arch, ops, gated)
     cache.mkdir(parents=True, exist_ok=True)
     for old in cache.glob(f"{arch}-*.json"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(found))
     partial.replace(path)

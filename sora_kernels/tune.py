@@ -112,22 +112,10 @@ def tune(op: str, layers: Sequence[str] | None, report: Callable[[str], None] = 
     Raises:
         TuneError: no GPU, no Triton, or an unknown name.
     """
+    module, known = _start(op, layers)
     import torch
-
-    try:
-        require_compiler()
-    except AuditError as error:
-        raise TuneError(str(error)) from None
-    if not torch.cuda.is_available():
-        raise TuneError("no CUDA GPU: configs are measured on the GPU they are for, never guessed")
     import triton
 
-    modules = _launches.operators()
-    if op not in modules:
-        raise TuneError(f"op: expected one of {', '.join(modules)}, got {op!r}")
-    module, known = modules[op], shapes(op)
-    if unknown := [name for name in layers or () if name not in known]:
-        raise TuneError(f"shapes: expected some of {', '.join(known)}, got {unknown[0]!r}")
     arch = _tuning.arch_of(torch.cuda.get_device_capability())
     path = Path(_tuning.__file__).parent / "ops" / op / "tuned" / f"{arch}.json"
     rows: Rows = json.loads(path.read_text()) if path.is_file() else {}
@@ -157,6 +145,55 @@ def tune(op: str, layers: Sequence[str] | None, report: Callable[[str], None] = 
         write(path, rows)
         report(f"{what}: {grid[number]}, {ratio:.3f} x the shipped time")
     return path
+
+
+def check(
+    op: str,
+    layers: Sequence[str] | None,
+    where: dict[str, Sequence[int]] | None = None,
+    report: Callable[[str], None] = print,
+) -> list[str]:
+    """Runs candidate configs against the shipped one without timing them; returns what failed.
+
+    Args:
+        where: only candidates with one of these values, such as ``{"num_warps": (8,)}``.
+    """
+    module, known = _start(op, layers)
+    failures, tried = [], 0
+    for (kernel, _), group in _groups(module, known, layers).items():
+        for launch in (launch for make in group for launch in make() if kernel in launch.kernels):
+            expected = launch.run()
+            for config in candidates(module.CANDIDATES[launch.key["layout"]], launch.key):
+                if any(config.get(name) not in values for name, values in (where or {}).items()):
+                    continue
+                tried += 1
+                try:
+                    with forced(module, kernel, config):
+                        _check(launch.run(), expected, f"{kernel} ({launch.label}) {config}")
+                except Exception as error:  # a config that does not run is a finding too
+                    failures.append(f"{type(error).__name__}: {error}")
+                    report(failures[-1])
+    report(f"{tried} configs tried, {len(failures)} failed")
+    return failures
+
+
+def _start(op: str, layers: Sequence[str] | None) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The operator's launches and layers; raises :class:`TuneError` where nothing can run."""
+    import torch
+
+    try:
+        require_compiler()
+    except AuditError as error:
+        raise TuneError(str(error)) from None
+    if not torch.cuda.is_available():
+        raise TuneError("no CUDA GPU: configs are measured on the GPU they are for, never guessed")
+    modules = _launches.operators()
+    if op not in modules:
+        raise TuneError(f"op: expected one of {', '.join(modules)}, got {op!r}")
+    known = shapes(op)
+    if unknown := [name for name in layers or () if name not in known]:
+        raise TuneError(f"shapes: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return modules[op], known
 
 
 def _groups(
@@ -207,8 +244,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("op", help="operator, such as conv3d_bn_act")
     parser.add_argument("--shapes", nargs="+", help="layers of benchmarks/shapes.yaml (all)")
+    parser.add_argument("--check", action="store_true", help="compare results, time nothing")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="NAME=N[,N]", help="with --check: num_warps=8"
+    )
     options = parser.parse_args(argv)
     try:
+        if options.check:
+            where: dict[str, Sequence[int]] = {}
+            for item in options.where:
+                name, _, values = item.partition("=")
+                where[name] = tuple(map(int, values.split(",")))
+            return 1 if check(options.op, options.shapes, where) else 0
         print(f"wrote {tune(options.op, options.shapes)}")
     except (TuneError, AuditError) as error:
         print(f"tune: {error}", file=sys.stderr)

@@ -28,11 +28,12 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def rows(request):
+def rows(request, tmp_path_factory):
     for name, cure in (("triton", "pip install triton"), ("yaml", "pip install pyyaml")):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: {cure}")
-    cache = request.config.cache.mkdir("sora_audit")
+    kept = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    cache = kept.mkdir("sora_audit") if kept else tmp_path_factory.mktemp("sora_audit")
     done = run("--arch", ARCH, "--gate", "--json", "--cache", str(cache))
     if done.returncode not in (0, 1):
         pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stderr[-2000:]}")
