@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class ConvBNAct3d(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv3d(
             in_channels, out_channels, kernel_size, stride, 0 if pairs else padding, dilation, groups, bias,
-            padding_mode, **factory,
+            cast(Any, padding_mode), **factory,
         )  # fmt: skip
         self.bn = nn.BatchNorm3d(out_channels, eps, momentum, affine, track_running_stats, **factory)
         self.activation = activation

@@ -76,12 +76,12 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
                 pairs = [
                     (out, g)
                     for out, g in zip(outputs, grads, strict=True)
-                    if g is not None and out.requires_grad
+                    if g is not None and out is not None and out.requires_grad
                 ]
                 wanted = [
-                    (inputs[i], seconds[i])
-                    for i, need in enumerate(ctx.needs)
-                    if need and seconds[i] is not None
+                    (t, second)
+                    for t, second, need in zip(inputs, seconds, ctx.needs, strict=True)
+                    if need and t is not None and second is not None
                 ]
                 first = torch.autograd.grad(
                     [out for out, _ in pairs],

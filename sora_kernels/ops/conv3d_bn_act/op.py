@@ -162,7 +162,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _run_forward(
     x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
-    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, tapes, backend,
+    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, *, tapes, backend,
 ):  # fmt: skip
     """z, y, mean, invstd; the last two only where ``tapes``."""
     y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
@@ -189,12 +189,14 @@ def _run_forward(
 _NO_PADDING = [0, 0, 0]
 
 
-def _plain_impl(*args):
-    return _run_forward(*args[:-1], False, args[-1])[0]
+def _plain_impl(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return _run_forward(*inputs, tapes=False, backend=backend)[0]
 
 
-def _fwd_impl(*args):
-    return _run_forward(*args[:-1], True, args[-1])
+def _fwd_impl(*args: Any) -> Tensors:
+    *inputs, backend = args
+    return _run_forward(*inputs, tapes=True, backend=backend)
 
 
 def _plain_fake(x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, *_):  # fmt: skip
@@ -220,10 +222,11 @@ def _bwd_impl(
     needs_dy = needs_dx or needs_dw or (needs_dbias and not batch_stats)
     memory_format = _format(x, weight)
     if y.numel() == 0:
-        grads = [torch.zeros_like(t) if n and t is not None else x.new_empty(0)
-                 for t, n in zip((x, weight, None, y, bn_weight, bn_bias), needs, strict=True)]  # fmt: skip
-        grads[2] = weight.new_zeros(weight.shape[0]) if needs_dbias else x.new_empty(0)
-        return tuple(grads)
+        like = (x, weight, weight.new_empty(weight.shape[0]), y, bn_weight, bn_bias)
+        return tuple(
+            torch.zeros_like(t) if n and t is not None else x.new_empty(0)
+            for t, n in zip(like, needs, strict=True)
+        )
     facts = Facts(y.device, y.dtype, tuple(y.shape), residual is not None, batch_stats)
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
@@ -298,6 +301,7 @@ def _forward(tensors: Tensors, flags: tuple, tapes: bool, backend: str) -> Tenso
 def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
     x, weight, bias, residual, bn_weight, bn_bias, _, _ = tensors
     z, y, mean, invstd = results
+    assert z is not None
     activation, negative_slope = flags[4], flags[5]
     # The output tells which side of a kink its input was on; SiLU's derivative needs the input itself.
     signed = activation == "relu" or (activation == "leaky_relu" and negative_slope > 0)

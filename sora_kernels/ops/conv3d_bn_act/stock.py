@@ -55,6 +55,7 @@ def forward(
     )
     if batch_stats:
         if running_mean is not None and running_var is not None:
+            assert mean is not None and variance is not None
             if mean is not running_mean:
                 running_mean.copy_(mean)
                 running_var.copy_(variance)
@@ -65,6 +66,8 @@ def forward(
         assert mean is not None and variance is not None
         mean = mean.clone() if mean is running_mean else mean
         invstd = torch.rsqrt(variance + eps)
+    else:
+        mean = invstd  # neither is asked for
     if residual is not None:
         out = out + residual
     if activation == "relu":
