@@ -83,7 +83,7 @@ def validate(
     if T == 0:
         raise ValueError(f"lstm: x must have at least one step, got {tuple(x.shape)}")
     directions = 2 if bidirectional else 1
-    per = 2 + 2 * bias + (proj_size > 0)
+    per = (4 if bias else 2) + (1 if proj_size else 0)
     if len(weights) != num_layers * directions * per:
         raise ValueError(
             f"lstm: weights must be {num_layers} layers x {directions} directions x {per} tensors "
@@ -99,7 +99,11 @@ def validate(
     P = proj_size or H
     count = num_layers * directions
     width = x.shape[2]
-    own = [(4 * H, width), (4 * H, P)] + [(4 * H,)] * (2 * bias) + [(P, H)] * (proj_size > 0)
+    own: list[tuple[int, ...]] = [(4 * H, width), (4 * H, P)]
+    if bias:
+        own += [(4 * H,), (4 * H,)]
+    if proj_size:
+        own.append((P, H))
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if k == per * directions:
