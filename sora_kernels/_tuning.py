@@ -1,8 +1,9 @@
 """Kernel configs are data: ``ops/<op>/tuned/<arch>.json``, shipped and looked up, never tuned on a call.
 
-A file maps a kernel's name to rows ``{"match": {...}, "at": {...}, "config": {...}}``. ``match`` must
-equal the call's key where it names one (dtype, layout); among those rows the most specific match wins, then the
-``at`` sizes nearest in log space; a row without sizes is the last resort. An architecture's rows come before ``default.json``, which fits any GPU.
+A file maps a kernel's name to rows ``{"match": {...}, "at": {...}, "config": {...}}``. ``match`` must equal the
+call's key where it names one (dtype, layout); among those rows the most specific match wins, then the ``at``
+sizes nearest in log space; a row without sizes is the last resort. An architecture's rows come before
+``default.json``, which fits any GPU.
 """
 
 from __future__ import annotations

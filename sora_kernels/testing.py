@@ -26,11 +26,11 @@ TOLERANCES: dict[str, Tolerance] = {
     "floor_ulp_16bit": Tolerance(1.0, "one rounding of a 16-bit output, where torch's happens to be exact"),
     "floor_eps_32bit": Tolerance(8.0, "a handful of fp32 roundings, where torch's error is almost zero"),
     "floor_eps_64bit": Tolerance(64.0, "fp64 is compared with itself: both errors are rounding noise"),
-    "gradcheck_fp64": Tolerance(1e-6, "central differences with step 1e-6 in fp64 leave about 1e-9 x curvature"),
+    "gradcheck_fp64": Tolerance(1e-6, "central differences, step 1e-6, leave about 1e-9 x curvature"),
     "transform_fp64": Tolerance(1e-10, "the same formula in fp64 through another transform: summation order"),
     "composition_fp32": Tolerance(1e-5, "fp32 through some ten layers: 1e2 roundings of 6e-8, random signs"),
     "training_fp32": Tolerance(1e-3, "20 optimiser steps multiply rounding noise; a wrong gradient shows at 1e-1"),
-    "variance_relative": Tolerance(1e-6, "Chan's merge keeps the variance at mean/std = 1000; sum of squares loses 0.18"),
+    "variance_relative": Tolerance(1e-6, "Chan's merge holds at mean/std = 1000, where a sum of squares loses 0.18"),
 }  # fmt: skip
 
 

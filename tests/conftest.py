@@ -15,7 +15,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sora_kernels")
     group.addoption("--require-gpu", action="store_true", help="fail where a GPU test would skip")
     group.addoption(
-        "--require-native", action="store_true", help="fail where a test of the extension would skip"
+        "--require-native",
+        action="store_true",
+        help="fail where a test of the extension would skip",
     )
     group.addoption(
         "--without",

@@ -13,8 +13,19 @@ def operator():
     found = Operator(
         "a_test_operator",
         [
-            Backend("fast", lambda n: YES if n % 8 == 0 else no(f"n is {n}, not a multiple of 8"), "F", deterministic=False),
-            Backend("steady", lambda n: YES if n < 100 else no(f"n is {n}, over 100"), "S", config=lambda n: f"tile {n}", floor_bytes=lambda n: 4 * n),
+            Backend(
+                "fast",
+                lambda n: YES if n % 8 == 0 else no(f"n is {n}, not a multiple of 8"),
+                "F",
+                deterministic=False,
+            ),
+            Backend(
+                "steady",
+                lambda n: YES if n < 100 else no(f"n is {n}, over 100"),
+                "S",
+                config=lambda n: f"tile {n}",
+                floor_bytes=lambda n: 4 * n,
+            ),
             Backend("reference", lambda n: YES, "R"),
         ],
         prefer=lambda n: ("fast", "steady"),
@@ -67,7 +78,13 @@ def test_explain_names_every_backend_and_the_reason(operator):
     text = str(explained)
     assert explained.chosen == "steady"
     assert [r.backend for r in explained.rows] == ["fast", "steady", "reference"]
-    for part in ("n is 9, not a multiple of 8", "tile 9", "3.6e-05 MB", "not measured", "runs only when named"):
+    for part in (
+        "n is 9, not a multiple of 8",
+        "tile 9",
+        "3.6e-05 MB",
+        "not measured",
+        "runs only when named",
+    ):
         assert part in text, part
     with pytest.raises(ValueError, match="op must be one of .*a_test_operator.*, got 'nothing'"):
         sk.explain("nothing")
@@ -75,7 +92,9 @@ def test_explain_names_every_backend_and_the_reason(operator):
 
 def test_unknown_backend_is_one_clear_error(operator):
     assert operator.check_name(None) == ""
-    with pytest.raises(ValueError, match="backend must be one of fast, steady, reference or None, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of fast, steady, reference or None, got 'cuda'"
+    ):
         operator.check_name("cuda")
 
 
@@ -104,7 +123,7 @@ def test_tuned_rows_match_then_take_the_nearest(monkeypatch):
 
 
 def test_every_shipped_config_is_found():
-    for kernel in ("_bn_stats_kernel", "_bn_act_fwd_kernel", "_bn_act_bwd_reduce_kernel", "_bn_act_bwd_apply_kernel"):  # fmt: skip
+    for kernel in _tuning.rows("conv3d_bn_act", "default"):
         for layout in ("channels_last", "contiguous"):
             key = (("channels", 64), ("itemsize", 2), ("layout", layout))
             config = _tuning.config("conv3d_bn_act", kernel, "sm90", key)

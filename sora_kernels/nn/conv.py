@@ -69,7 +69,9 @@ class ConvBNAct3d(nn.Module):
             in_channels, out_channels, kernel_size, stride, 0 if pairs else padding, dilation, groups, bias,
             cast(Any, padding_mode), **factory,
         )  # fmt: skip
-        self.bn = nn.BatchNorm3d(out_channels, eps, momentum, affine, track_running_stats, **factory)
+        self.bn = nn.BatchNorm3d(
+            out_channels, eps, momentum, affine, track_running_stats, **factory
+        )
         self.activation = activation
         self.negative_slope = negative_slope
         self.backend = backend

@@ -14,7 +14,9 @@ from torch import nn
 import sora_kernels as sk
 from sora_kernels.testing import assert_close
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="torch is built without distributed"
+)
 
 
 class Model(nn.Module):

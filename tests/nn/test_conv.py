@@ -16,14 +16,18 @@ BACKENDS = (pytest.param("hybrid", marks=pytest.mark.triton), None)
 def pair(*args, act=None, backend=None, **kwargs):
     """Ours and torch's modules with one state."""
     ours = sk.nn.ConvBNAct3d(*args, backend=backend, **kwargs)
-    bn_options = {k: kwargs.pop(k) for k in ("eps", "momentum", "affine", "track_running_stats") if k in kwargs}  # fmt: skip
+    of_bn = {"eps", "momentum", "affine", "track_running_stats"}
+    bn_options = {k: kwargs.pop(k) for k in of_bn & set(kwargs)}
     kwargs.pop("activation", None)
-    stock = nn.Sequential(nn.Conv3d(*args, **kwargs), nn.BatchNorm3d(args[1], **bn_options), act or nn.ReLU())  # fmt: skip
+    conv, bn = nn.Conv3d(*args, **kwargs), nn.BatchNorm3d(args[1], **bn_options)
+    stock = nn.Sequential(conv, bn, act or nn.ReLU())
     if ours.bn.affine:
         nn.init.uniform_(ours.bn.weight, 0.5, 1.5)
         nn.init.normal_(ours.bn.bias)
     state = ours.state_dict()
-    stock.load_state_dict({k.replace("conv.", "0.").replace("bn.", "1."): v for k, v in state.items()})
+    stock.load_state_dict(
+        {k.replace("conv.", "0.").replace("bn.", "1."): v for k, v in state.items()}
+    )
     return ours, stock
 
 

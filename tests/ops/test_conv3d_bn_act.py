@@ -86,9 +86,7 @@ def clone(tensors):
 
 
 def check(backend, dtype, channels_last, activation, residual, training, **sizes):
-    inputs, running, dz = make(
-        dtype=dtype, channels_last=channels_last, residual=residual, **sizes
-    )
+    inputs, running, dz = make(dtype=dtype, channels_last=channels_last, residual=residual, **sizes)
     kernel = sizes.get("kernel", 3)
     options = {"activation": activation, "training": training, "kernel": kernel}
     mine, plain, true = clone(running), clone(running), double(running)
@@ -189,7 +187,8 @@ def test_gradcheck(backend, training, activation):
     def call(*tensors):
         it = iter(tensors)
         args = [None if t is None else next(it) for t in leaves]
-        return ours(clone(running), activation=activation, training=training, backend=backend, kernel=1)(*args)  # fmt: skip
+        options = dict(activation=activation, training=training, backend=backend, kernel=1)
+        return ours(clone(running), **options)(*args)
 
     given_leaves = tuple(t for t in leaves if t is not None)
     atol = tolerance("gradcheck_fp64")
@@ -287,7 +286,8 @@ def test_geometry(backend):
     weight = torch.randn(6, 2, 2, 3, 2)
     running = (torch.randn(6), torch.rand(6) + 0.5)
     for padding, mode in ((((1, 0), (1, 1), (0, 2)), "zeros"), ((1, 2, 0), "replicate"), (1, "zeros")):  # fmt: skip
-        pairs = [(p, p) if isinstance(p, int) else p for p in ((padding,) * 3 if padding == 1 else padding)]  # fmt: skip
+        each = (padding,) * 3 if isinstance(padding, int) else padding
+        pairs = [(p, p) if isinstance(p, int) else p for p in each]
         sides = [s for pair in reversed(pairs) for s in pair]
         padded = F.pad(x, sides, "constant" if mode == "zeros" else mode)
         want = F.conv3d(padded, weight, None, (1, 2, 1), 0, (1, 1, 2), 2)
@@ -428,7 +428,9 @@ def test_functorch_transforms(backend):
     clips = torch.randn(3, *x.shape, dtype=torch.float64)
     for training in (False, True):
         got = torch.vmap(lambda c, t=training: call(c, weight, t))(clips)
-        assert_close(got, torch.stack([plain(c, weight, training) for c in clips]), "transform_fp64")
+        assert_close(
+            got, torch.stack([plain(c, weight, training) for c in clips]), "transform_fp64"
+        )
         for transform in (torch.func.grad, torch.func.jacrev):
             got = transform(lambda w, t=training: call(x, w, t).square().sum())(weight)
             want = transform(lambda w, t=training: plain(x, w, t).square().sum())(weight)

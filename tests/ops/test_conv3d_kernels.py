@@ -42,7 +42,9 @@ def passes(y, dz, residual, weight, bias):
     """Every kernel once: statistics, forward, reduce, apply."""
     mean, invstd = kernels.launch_stats(y, None, None, None, 0.1, 1e-5)
     options = dict(activation="relu", negative_slope=0.0)
-    z = kernels.launch_fwd(y, residual, mean, invstd, weight, bias, eps=0.0, invstd_is_var=False, **options)
+    z = kernels.launch_fwd(
+        y, residual, mean, invstd, weight, bias, eps=0.0, invstd_is_var=False, **options
+    )
     grads = kernels.launch_bwd(
         dz, y, z, mean, invstd, weight, bias, mask="output", batch_stats=True, needs_dy=True,
         needs_dresidual=True, needs_parameters=True, **options,
@@ -55,13 +57,20 @@ def test_every_element_is_written_in_any_program_order(channels_last):
     shape = (2, 18, 3, 25, 31) if channels_last else (2, 3, 3, 25, 31)
     y, dz, residual = (torch.randn(shape) for _ in range(3))
     if channels_last:
-        y, dz, residual = (t.contiguous(memory_format=torch.channels_last_3d) for t in (y, dz, residual))
+        y, dz, residual = (
+            t.contiguous(memory_format=torch.channels_last_3d) for t in (y, dz, residual)
+        )
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     first = passes(y, dz, residual, weight, bias)
     for seed in range(2):
         with poisoned(), shuffled_programs(seed):
             again = passes(y, dz, residual, weight, bias)
-        for name, a, b in zip(("mean", "invstd", "z", "dy", "dresidual", "dweight", "dbias"), first, again, strict=True):
+        for name, a, b in zip(
+            ("mean", "invstd", "z", "dy", "dresidual", "dweight", "dbias"),
+            first,
+            again,
+            strict=True,
+        ):
             assert not torch.isnan(b).any(), f"{name}: an element was not written"
             assert torch.equal(a, b), f"{name}: not bitwise repeatable"
 

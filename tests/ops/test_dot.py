@@ -21,13 +21,19 @@ def _matmul(a_ptr, b_ptr, c_ptr, K, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC
     acc = tl.zeros((SIZE, SIZE), dtype=ACC)
     for first in range(0, K, BLOCK):
         mask = first + offs_k < K
-        a = tl.load(a_ptr + offs[:, None] * K + first + offs_k[None, :], mask=mask[None, :], other=0.0)
-        b = tl.load(b_ptr + (first + offs_k[:, None]) * SIZE + offs[None, :], mask=mask[:, None], other=0.0)
+        a = tl.load(
+            a_ptr + offs[:, None] * K + first + offs_k[None, :], mask=mask[None, :], other=0.0
+        )
+        b = tl.load(
+            b_ptr + (first + offs_k[:, None]) * SIZE + offs[None, :], mask=mask[:, None], other=0.0
+        )
         acc = dot(a, b, acc)
     tl.store(c_ptr + offs[:, None] * SIZE + offs[None, :], acc)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_dot_is_right_in_every_dtype(dtype):
     a, b = torch.randn(16, 40, dtype=dtype), torch.randn(40, 16, dtype=dtype)
     out = torch.empty(16, 16, dtype=dtype)

@@ -20,7 +20,9 @@ def recurrence(x):
 
 
 CALLS = [
-    pytest.param(block, torch.randn(1, 3, 2, 2, 2), "sora_kernels.conv3d_bn_act", id="conv3d_bn_act"),
+    pytest.param(
+        block, torch.randn(1, 3, 2, 2, 2), "sora_kernels.conv3d_bn_act", id="conv3d_bn_act"
+    ),
     pytest.param(recurrence, torch.randn(2, 1, 3), "sora_kernels.lstm_fwd", id="lstm"),
 ]
 
@@ -102,7 +104,10 @@ def test_selective_checkpoint_can_save_the_operator():
 
     x = torch.randn(2, 3, 2, 2, 2, requires_grad=True)
     z = checkpoint(
-        block, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
     )
     z.sum().backward()
     assert calls == [forward]

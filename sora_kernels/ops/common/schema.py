@@ -49,7 +49,9 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
     _LIBRARY.impl(name, below_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sora_kernels::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.sora_kernels, name).default
-    tensor_lists = [i for i, a in enumerate(overload._schema.arguments) if str(a.type) == "List[Tensor]"]
+    tensor_lists = [
+        i for i, a in enumerate(overload._schema.arguments) if str(a.type) == "List[Tensor]"
+    ]
 
     def call(*args: Any) -> Any:
         if (

@@ -21,7 +21,7 @@ class Geometry(NamedTuple):
     stride: list[int]
     padding: list[int]
     dilation: list[int]
-    pad: tuple[list[int], list[int]] | None  # before, after: what has to be padded as a tensor first
+    pad: tuple[list[int], list[int]] | None  # before, after, where the tensor itself is padded
     output: list[int]  # [N, K, T', H', W']
 
 

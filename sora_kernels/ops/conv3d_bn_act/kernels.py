@@ -5,7 +5,7 @@ division an element: channels-last is one segment of N*T*H*W rows whose channels
 N segments of T*H*W contiguous rows, one channel a program. Grid: (tile of ROWS rows, block of channels).
 
 Traffic in units of y: training forward reads 2 and writes 1 (+1 residual); evaluation reads 1, writes 1 (+1);
-backward reads 4 and writes 1 (dz, y twice; dy), with a residual 6 and 2. No atomics: every sum is merged in a fixed order.
+backward reads 4 and writes 1 (dz, y twice; dy), with a residual 6 and 2. No atomics: every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,15 @@ def _bn_stats_kernel(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+        length,
+        tiles_per_segment,
+        stride_segment,
+        stride_row,
+        stride_channel,
+        C,
+        ROWS,
+        BLOCK_M,
+        BLOCK_C,
     )
     # Welford down each lane's own rows, so that lanes meet only once, at the end; relative to the tile's first
     # row, so that a large common mean costs no digits.
@@ -82,7 +90,9 @@ def _bn_stats_kernel(
     m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     seen = 0.0
     y_ptr += base
-    origin = tl.load(y_ptr + tl.arange(0, BLOCK_C) * stride_channel, mask=mask_c, other=0.0).to(ACC)[None, :]
+    origin = tl.load(y_ptr + tl.arange(0, BLOCK_C) * stride_channel, mask=mask_c, other=0.0).to(
+        ACC
+    )[None, :]
     for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
         y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC) - origin
@@ -158,7 +168,9 @@ def _bn_finalize_kernel(
 
 @triton.jit
 def _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS: tl.constexpr,
-            INVSTD_IS_VAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+           
+            INVSTD_IS_VAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+            ACC: tl.constexpr):  # fmt: skip
     """mean, invstd, weight and bias of these channels; ones and zeros where there is none."""
     mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
     invstd = tl.load(invstd_ptr + channels, mask=mask_c, other=1.0).to(ACC)
@@ -184,7 +196,15 @@ def _bn_act_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+        length,
+        tiles_per_segment,
+        stride_segment,
+        stride_row,
+        stride_channel,
+        C,
+        ROWS,
+        BLOCK_M,
+        BLOCK_C,
     )
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS,
@@ -229,7 +249,15 @@ def _bn_act_bwd_reduce_kernel(
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+        length,
+        tiles_per_segment,
+        stride_segment,
+        stride_row,
+        stride_channel,
+        C,
+        ROWS,
+        BLOCK_M,
+        BLOCK_C,
     )
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,
@@ -292,7 +320,15 @@ def _bn_act_bwd_apply_kernel(
     NEEDS_DY: tl.constexpr, NEEDS_DRESIDUAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+        length,
+        tiles_per_segment,
+        stride_segment,
+        stride_row,
+        stride_channel,
+        C,
+        ROWS,
+        BLOCK_M,
+        BLOCK_C,
     )
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,

@@ -129,7 +129,9 @@ class _Hybrid:
 OPERATOR = Operator(
     "conv3d_bn_act",
     [
-        Backend("hybrid", _hybrid_can_run, _Hybrid, config=_hybrid_config, floor_bytes=_floor_bytes),
+        Backend(
+            "hybrid", _hybrid_can_run, _Hybrid, config=_hybrid_config, floor_bytes=_floor_bytes
+        ),
         Backend("torch", lambda facts: YES, stock),
         Backend("reference", lambda facts: YES, reference),
     ],
@@ -143,7 +145,9 @@ def _facts_of_call(
     padding_mode="zeros", dilation=1, groups=1, training=False, **_,
 ) -> Facts:  # fmt: skip
     """The public arguments -> facts, for ``explain``."""
-    shapes = arguments.geometry(x.shape, weight.shape, stride, padding, padding_mode, dilation, groups)
+    shapes = arguments.geometry(
+        x.shape, weight.shape, stride, padding, padding_mode, dilation, groups
+    )
     batch_stats = training or running_mean is None
     return Facts(x.device, x.dtype, tuple(shapes.output), residual is not None, batch_stats)
 
@@ -199,7 +203,9 @@ def _fwd_impl(*args: Any) -> Tensors:
     return _run_forward(*inputs, tapes=True, backend=backend)
 
 
-def _plain_fake(x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, *_):  # fmt: skip
+def _plain_fake(
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, *_
+):  # fmt: skip
     sizes = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(3)
@@ -312,7 +318,9 @@ def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
     )  # fmt: skip
 
 
-def _backward(grads: Tensors, saved: Tensors, needs: Sequence[bool], flags: tuple, backend: str) -> Tensors:  # fmt: skip
+def _backward(
+    grads: Tensors, saved: Tensors, needs: Sequence[bool], flags: tuple, backend: str
+) -> Tensors:
     x, weight, _, residual, bn_weight, bn_bias, _, _, y, mean, invstd, z = saved
     stride, padding, dilation, groups, activation, negative_slope, batch_stats, _, _ = flags
     found = _bwd(
@@ -323,7 +331,9 @@ def _backward(grads: Tensors, saved: Tensors, needs: Sequence[bool], flags: tupl
 
 
 def _keywords(flags: tuple) -> dict[str, Any]:
-    names = ("stride", "padding", "dilation", "groups", "activation", "negative_slope", "training", "momentum", "eps")  # fmt: skip
+    names = (
+        "stride", "padding", "dilation", "groups", "activation", "negative_slope", "training", "momentum", "eps"
+    )  # fmt: skip
     call = dict(zip(names, flags, strict=True))
     call["activation"] = call["activation"] or None
     return call
@@ -422,9 +432,7 @@ def conv3d_bn_act(
     if backend is None or backend not in OPERATOR.backends:
         backend = OPERATOR.check_name(backend)
     if activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {reference.ACTIVATIONS}, got {activation!r}"
-        )
+        raise ValueError(f"activation: expected one of {reference.ACTIVATIONS}, got {activation!r}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -135,9 +135,7 @@ def backward(
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
-def activation_grad(
-    g: Tensor, x: Tensor, activation: str | None, negative_slope: float
-) -> Tensor:
+def activation_grad(g: Tensor, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
     """``g * activation'(x)``, torch's choice at a kink."""
     if activation == "relu":
         return torch.where(x <= 0, 0.0, g)

@@ -110,7 +110,15 @@ def backward(
         running = (None, None) if batch_stats else (mean, invstd.square().reciprocal())
         weight = torch.ones_like(mean) if bn_weight is None else bn_weight.to(mean.dtype)
         dy, dweight, dbias = aten.native_batch_norm_backward(
-            da, y, weight, *running, mean, invstd, batch_stats, 0.0, [needs_dy, needs_dweight, needs_dbias]
+            da,
+            y,
+            weight,
+            *running,
+            mean,
+            invstd,
+            batch_stats,
+            0.0,
+            [needs_dy, needs_dweight, needs_dbias],
         )
         if bn_weight is not None and dweight is not None:
             dweight = dweight.to(bn_weight.dtype)
