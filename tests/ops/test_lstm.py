@@ -15,13 +15,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from sora_kernels import BackendError, explain
-from sora_kernels.ops.lstm import lstm, op, reference
+from sora_kernels.ops.lstm import lstm, reference
 from sora_kernels.testing import assert_close, assert_within_2x, poisoned, tolerance
 
 NATIVE = pytest.param("native", marks=pytest.mark.native)
 KERNELS = (NATIVE, "reference")
 BACKENDS = (NATIVE, "torch", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+FORWARD = torch.ops.sora_kernels.lstm_fwd.default
+BACKWARD = torch.ops.sora_kernels.lstm_bwd.default
 
 
 class Case(NamedTuple):
@@ -432,13 +434,13 @@ def test_opcheck(backend):
         x, h_0, c_0, weights = layer_arguments(case)
         for tapes in (False, True):
             arguments = (x, h_0, c_0, weights, None, None, case.bias, tapes, "", backend)
-            torch.library.opcheck(op._fwd, arguments)
-        y, h_n, c_n, cells, gates = op._fwd(*arguments)
-        torch.library.opcheck(op._fwd, (x.permute(1, 0, 2), None, None, *arguments[3:]))
+            torch.library.opcheck(FORWARD, arguments)
+        y, h_n, c_n, cells, gates = FORWARD(*arguments)
+        torch.library.opcheck(FORWARD, (x.permute(1, 0, 2), None, None, *arguments[3:]))
         for needs in ([True] * (3 + len(weights)), [False, True] + [False] * (1 + len(weights))):
             inputs = (x, h_0, c_0, weights, None, None, y, cells, gates)
             torch.library.opcheck(
-                op._bwd, (y, h_n, None, cells, *inputs, case.bias, needs, "", backend)
+                BACKWARD, (y, h_n, None, cells, *inputs, case.bias, needs, "", backend)
             )
 
 
@@ -490,7 +492,7 @@ def test_export_dynamic():
 
     T, B = torch.export.Dim("T"), torch.export.Dim("B")
     program = torch.export.export(Module(), (inputs["x"],), dynamic_shapes=({0: T, 1: B},))
-    assert any(node.target is op._fwd for node in program.graph.nodes)
+    assert any(node.target is FORWARD for node in program.graph.nodes)
     x = torch.randn(8, 2, 4)
     assert torch.equal(program.module()(x), lstm(x, None, split(inputs)[2])[0])
 
