@@ -74,12 +74,15 @@ def validate(
         raise ValueError(f"lstm: dropout must be in [0, 1], got {dropout}")
     if num_layers < 1:
         raise ValueError(f"lstm: num_layers must be at least 1, got {num_layers}")
-    if x.dim() != 3:
+    sizes, dtype, device = x.shape, x.dtype, x.device
+    if len(sizes) != 3:
         axes = "[B, T, I]" if batch_first else "[T, B, I]"
         raise ValueError(f"lstm: x must be {axes}, got {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
+    if not dtype.is_floating_point:
         raise ValueError(f"lstm: x must be floating point, got {x.dtype}")
-    B, T = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    T, B, width = sizes
+    if batch_first:
+        T, B = B, T
     if T == 0:
         raise ValueError(f"lstm: x must have at least one step, got {tuple(x.shape)}")
     directions = 2 if bidirectional else 1
@@ -89,22 +92,21 @@ def validate(
             f"lstm: weights must be {num_layers} layers x {directions} directions x {per} tensors "
             f"for bias={bias}, proj_size={proj_size}, got {len(weights)}"
         )
-    if weights[1].dim() != 2 or weights[1].shape[0] % 4:
-        raise ValueError(f"lstm: weights[1] (w_hh) must be [4*H, H], got {tuple(weights[1].shape)}")
-    H = weights[1].shape[0] // 4
+    recurrent = weights[1].shape
+    if len(recurrent) != 2 or recurrent[0] % 4:
+        raise ValueError(f"lstm: weights[1] (w_hh) must be [4*H, H], got {tuple(recurrent)}")
+    H = recurrent[0] // 4
     if not 0 <= proj_size < max(H, 1):
         raise ValueError(
             f"lstm: proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}"
         )
     P = proj_size or H
     count = num_layers * directions
-    width = x.shape[2]
     own: list[tuple[int, ...]] = [(4 * H, width), (4 * H, P)]
     if bias:
         own += [(4 * H,), (4 * H,)]
     if proj_size:
         own.append((P, H))
-    dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         if k == per * directions:
             own[0] = (4 * H, directions * P)

@@ -173,6 +173,17 @@ OPERATOR = Operator(
 )
 
 
+# The backend as `run` hands it on after asking about this very call: the op need not ask again.
+_ASKED = {f"{name} asked": backend.impl for name, backend in OPERATOR.backends.items()}
+
+
+def _impl(backend, x, weights, lengths, reset, bias, tapes, precision) -> Any:
+    if backend in _ASKED:
+        return _ASKED[backend]
+    facts = _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision)
+    return OPERATOR.select(backend, facts).impl
+
+
 def _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision) -> Facts:
     sizes = Sizes.of_layer(x, weights, bias)
     return Facts(
@@ -182,8 +193,7 @@ def _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision) -> Facts
 
 
 def _fwd_impl(x, h0, c0, weights, lengths, reset, bias, tapes, precision, backend):
-    facts = _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision)
-    impl = OPERATOR.select(backend, facts).impl
+    impl = _impl(backend, x, weights, lengths, reset, bias, tapes, precision)
     if not precision:
         return tuple(impl.forward(x, h0, c0, weights, lengths, reset, bias, tapes))
     with _matmul_precision(x, precision):
@@ -206,8 +216,7 @@ def _bwd_impl(
     dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs,
     precision, backend
 ):  # fmt: skip
-    facts = _facts_of_layer(x, weights, lengths, reset, bias, True, precision)
-    impl = OPERATOR.select(backend, facts).impl
+    impl = _impl(backend, x, weights, lengths, reset, bias, True, precision)
     with _matmul_precision(x, precision):
         dx, dh0, dc0, dweights = impl.backward(
             dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, reset, y, cells, gates, bias, needs
@@ -402,8 +411,8 @@ def run(
             directions, grad, False, lengths is not None, reset is not None, return_cells,
             precision or "",
         )  # fmt: skip
-        backend = OPERATOR.select(backend, facts).name
-        stock_layers = backend == "torch"
+        name = OPERATOR.select(backend, facts).name
+        stock_layers, backend = name == "torch", f"{name} asked"
     if stock_layers:  # it has gradients of its own
         sizes = Sizes(directions, weights[1].shape[0] // 4, proj_size)
         h0, c0 = hx or (None, None)
@@ -422,7 +431,9 @@ def run(
             if num_layers > 1 and hx is not None:
                 own = slice(layer * directions, (layer + 1) * directions)
                 h0, c0 = hx[0][own], hx[1][own]
-            own_weights = weights[layer * per_layer : (layer + 1) * per_layer]
+            own_weights = weights
+            if num_layers > 1:
+                own_weights = weights[layer * per_layer : (layer + 1) * per_layer]
             found: Any = _call((y, h0, c0, lengths, reset, *own_weights), flags, backend)
             y, h_n, c_n, cells = found
             h_all.append(h_n)
