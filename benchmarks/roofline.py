@@ -31,11 +31,6 @@ def raw_copy_rate(device: str, size: int) -> float:
     return _copy_rate(device, size, torch.get_num_threads())
 
 
-def forget() -> None:
-    """After a change of what decides the rates, such as TF32."""
-    _product_rate.cache_clear()
-
-
 @functools.cache
 def _copy_rate(device: str, size: int, threads: int) -> float:
     source = torch.randn(size // 8, device=device)
@@ -48,7 +43,13 @@ def _product_rate(device: str, dtype: torch.dtype, threads: int) -> float:
     n = 8192 if device == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), device)
+    was = torch.backends.cuda.matmul.allow_tf32
+    # cuDNN's convolutions and LSTMs round fp32 to TF32 unless told not to: their ceiling is that one.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = was
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:

@@ -25,9 +25,9 @@ def load(op: str, device: str, tiny: bool = False) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name, row in _file()[op].items():
-        if device not in row.get("on", ("cpu", "cuda")) and not tiny:
+        if row.get("only", device) != device and not tiny:
             continue
-        shape = {k: v for k, v in row.items() if k not in ("cpu", "on")}
+        shape = {k: v for k, v in row.items() if k not in ("cpu", "only")}
         if device == "cpu":
             shape.update(row.get("cpu", {}))
         found[name] = _tiny(shape) if tiny else shape

@@ -7,7 +7,9 @@ itself says what the measurement is worth. The gate: under 15 us for each call o
 nothing is waited for inside a sample, so the same difference is the host's.
 
 ``backward`` runs ``torch.autograd.grad``; its direct call includes one empty ``autograd.Function``,
-because entering the engine is autograd's price for any op, and is reported on its own.
+because entering the engine is autograd's price for any op, and is reported on its own
+(``engine_us``). ``forward`` is with grad, above the bare kernels; ``function_us`` says what of it an
+empty ``autograd.Function`` costs.
 """
 
 from __future__ import annotations
@@ -239,6 +241,8 @@ def test_host_overhead(benchmark, pytestconfig, op, mode, device, dtype, tiny):
     )  # fmt: skip
     if mode == "backward":
         benchmark.extra_info["engine_us"] = round(_engine(timer) * 1e6, 2)
+    if mode == "forward":
+        benchmark.extra_info["function_us"] = round(_function(timer) * 1e6, 2)
     timers.inject(benchmark, found.samples["op"], calls["op"])
     if void:
         pytest.skip(f"void: {void}")
@@ -263,6 +267,19 @@ def _engine(timer: timers.Timer) -> float:
 
     def call() -> Any:
         return torch.autograd.grad(out, leaf, grad, retain_graph=True, allow_unused=True)
+
+    times = timers.calls_for(call, timer)
+    return statistics.median(timer(call, times) / times for _ in range(15))
+
+
+@functools.cache
+def _function(timer: timers.Timer) -> float:
+    """Seconds of entering an ``autograd.Function`` of four inputs that saves nothing."""
+    leaves = [torch.zeros(1, requires_grad=True) for _ in range(3)]
+    out = torch.zeros(1)
+
+    def call() -> Any:
+        return _Empty.apply(None, out, *leaves)
 
     times = timers.calls_for(call, timer)
     return statistics.median(timer(call, times) / times for _ in range(15))

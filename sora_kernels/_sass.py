@@ -61,8 +61,9 @@ def resources(text: str) -> dict[str, Resources]:
 def functions(text: str) -> dict[str, Code]:
     """``nvdisasm -c`` -> by function."""
     starts = list(_SECTION.finditer(text))
+    ends: list[re.Match[str] | None] = [*starts[1:], None]
     found = {}
-    for start, end in zip(starts, [*starts[1:], None], strict=True):
+    for start, end in zip(starts, ends, strict=False):  # a file may hold no kernel
         instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         for line in text[start.end() : end.start() if end else None].splitlines():

@@ -35,7 +35,7 @@ def rows(request, tmp_path_factory):
     kept = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
     cache = kept.mkdir("sora_audit") if kept else tmp_path_factory.mktemp("sora_audit")
     done = run("--arch", ARCH, "--gate", "--json", "--cache", str(cache))
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not done.stdout:
         pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)[ARCH]
 

@@ -60,6 +60,11 @@ def test_the_innermost_of_nested_loops():
     assert len(nested.instructions) == 7  # padding is not counted
 
 
+def test_no_kernel():
+    """The cubin of a file that only calls the runtime."""
+    assert _sass.functions('\t.elftype\t@"ET_EXEC"\n') == {}
+
+
 def test_no_loop():
     assert _sass.inner_loop(code("MOV R1, R2", "EXIT", ".L_x_0:", "BRA `(.L_x_0)")) == ()
 

@@ -1,0 +1,85 @@
+"""``python benchmarks/plot.py RESULTS.json FIGURE.svg``: our speed-up over the baseline, a bar a row.
+
+Everything in the figure comes from the JSON: bars, conditions, machine. Void rows are listed, not drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+BETTER, WORSE, INK = "#2a7f62", "#b5523b", "#333333"
+
+
+def rows(results: dict[str, Any], provider: str) -> tuple[list[tuple[str, float]], list[str]]:
+    """(group, speed-up) of each row that counts, in the file's order, and the groups that are void."""
+    drawn, void = [], []
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        if info.get("provider") != provider or "speedup" not in info:
+            continue
+        if info.get("void") or info["speedup"] is None:
+            void.append(benchmark["group"])
+        else:
+            drawn.append((benchmark["group"], float(info["speedup"])))
+    return drawn, void
+
+
+def conditions(results: dict[str, Any]) -> str:
+    machine = results["machine_info"]
+    versions = machine.get("versions", {})
+    commit = results.get("commit_info", {}).get("id", "")[:10]
+    parts = [
+        str(machine.get("gpu") or machine.get("cpu") or machine.get("slug")),
+        f"{machine.get('threads', '?')} thread",
+        *(f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)),
+        f"commit {commit}" if commit else "",
+        results.get("datetime", "")[:10],
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def draw(results: dict[str, Any], provider: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same file from the same results
+    from matplotlib import pyplot as plt
+
+    drawn, void = rows(results, provider)
+    if not drawn:
+        raise SystemExit(f"plot: no row of provider {provider!r} with a speed-up")
+    drawn = drawn[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.24 * len(drawn)), layout="constrained")
+    values = [value for _, value in drawn]
+    bars = axes.barh(
+        range(len(drawn)), values, color=[BETTER if v >= 1 else WORSE for v in values], height=0.7
+    )
+    axes.bar_label(bars, [f"{v:.2f}x" for v in values], padding=3, fontsize=7, color=INK)
+    axes.set_yticks(range(len(drawn)), [name for name, _ in drawn], fontsize=7)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_xlim(0, max(values) * 1.12)
+    axes.set_ylim(-0.7, len(drawn) - 0.3)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("time of stock torch / time of sora_kernels (1 = equal)", fontsize=8)
+    note = f"; void (too noisy to count): {', '.join(void)}" if void else ""
+    axes.set_title(conditions(results) + note, fontsize=7, loc="left", color=INK, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("figure", type=Path)
+    parser.add_argument("--provider", default="sora")
+    arguments = parser.parse_args()
+    draw(json.loads(arguments.results.read_text()), arguments.provider, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
