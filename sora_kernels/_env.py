@@ -6,7 +6,8 @@
                     that have such a backend; a named operator must have it.
 ==================  ============================================================================
 
-``SORA_BUILD`` and ``SORA_CUDA_ARCHS`` belong to the build and are read by ``setup.py``.
+``SORA_BUILD`` and ``SORA_CUDA_ARCHS`` belong to the build and are read by ``setup.py``. ``SORA_CPU_ISA``
+(generic, avx2 or avx512: an upper limit for the CPU kernels) is read by the extension.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ CALLS = [
     pytest.param(
         block, torch.randn(1, 3, 2, 2, 2), "sora_kernels.conv3d_bn_act", id="conv3d_bn_act"
     ),
-    pytest.param(recurrence, torch.randn(2, 1, 3), "sora_kernels.lstm_fwd", id="lstm"),
+    pytest.param(recurrence, torch.randn(2, 1, 3), "sora_kernels.lstm", id="lstm"),
 ]
 
 

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 Tensors = Sequence[Tensor | None]
 
@@ -126,7 +128,7 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
             saved = ctx.saved_tensors
             if all(g is None for g in grads):
                 return (None,) * (2 + len(needs))
-            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if not is_dynamo_compiling() and torch.is_grad_enabled():
                 found = Backward.apply(ctx.flags, ctx.backend, needs, len(grads), *grads, *saved)
             else:
                 found = pair.backward(grads, saved, needs, ctx.flags, ctx.backend)
@@ -134,7 +136,7 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
             return (None, None, *found)
 
     def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors:
-        if not torch.compiler.is_compiling() and _transformed(tensors):
+        if not is_dynamo_compiling() and transformed(tensors):
             return pair.reference(tensors, flags)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return Forward.apply(flags, backend, *tensors)
@@ -143,9 +145,9 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
     return call
 
 
-def _transformed(tensors: Tensors) -> bool:
+def transformed(tensors: Tensors) -> bool:
     """Whether a ``torch.func`` transform is active or an input carries a forward-mode tangent."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return True
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 
 # One fragment for the package; it lives as long as the process does.
 _LIBRARY = torch.library.Library("sora_kernels", "FRAGMENT")
@@ -49,20 +51,21 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
     _LIBRARY.impl(name, below_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sora_kernels::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.sora_kernels, name).default
-    tensor_lists = [
-        i for i, a in enumerate(overload._schema.arguments) if str(a.type) == "List[Tensor]"
-    ]
+    kinds = [str(a.type) for a in overload._schema.arguments]
+    tensor_list = kinds.index("List[Tensor]") if "List[Tensor]" in kinds else None
+    plain = _PLAIN.issuperset
 
     def call(*args: Any) -> Any:
+        # Under non-strict export and AOTAutograd a dispatch mode is on: Dynamo alone has to be asked for.
         if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
+            is_dynamo_compiling()
+            or _len_torch_dispatch_stack()
             or profiler._is_profiler_enabled
-            or torch._C._get_tracing_state() is not None
-            or not _PLAIN.issuperset(map(type, args))
-            or not all(_PLAIN.issuperset(map(type, args[i])) for i in tensor_lists)
+            or _get_tracing_state() is not None
+            or not plain(map(type, args))
+            or (tensor_list is not None and not plain(map(type, args[tensor_list])))
         ):
             return overload(*args)
-        return below_autograd(*args)
+        return below_autograd(*args) if torch.is_grad_enabled() else impl(*args)
 
     return call

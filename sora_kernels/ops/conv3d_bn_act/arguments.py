@@ -67,13 +67,6 @@ def geometry(
 cached_geometry = functools.lru_cache(maxsize=4096)(geometry)
 
 
-def hashable(value: Any) -> Any:
-    """An int, or nested tuples: what ``cached_geometry`` takes."""
-    if isinstance(value, (int, str)):
-        return value
-    return tuple(hashable(v) for v in value)
-
-
 def triple(name: str, value: int | Sequence[int], least: int) -> list[int]:
     """``value`` as [t, h, w]."""
     if isinstance(value, int):
@@ -115,9 +108,11 @@ def check_tensors(
         raise ValueError(f"x: expected fp16, bf16, fp32 or fp64, got {_said(x)}")
     if weight.dtype is not dtype or weight.device != device:
         raise ValueError(f"weight: expected {dtype} on {device} like x, got {_said(weight)}")
-    for i, v in enumerate((bn_weight, bn_bias, running_mean, running_var)):
-        if v is not None and (v.dtype not in allowed or v.device != device or v.shape != (k,)):
-            name = ("bn_weight", "bn_bias", "running_mean", "running_var")[i]
+    vectors = (bn_weight, bn_bias, running_mean, running_var)
+    for v in vectors:
+        if v is not None and (v.dtype not in allowed or v.shape != (k,) or v.device != device):
+            names = ("bn_weight", "bn_bias", "running_mean", "running_var")
+            name = next(n for n, other in zip(names, vectors, strict=True) if other is v)
             expected = " or ".join(sorted(map(str, allowed)))
             raise ValueError(f"{name}: expected ({k},) {expected} on {device}, got {_said(v)}")
     if bias is not None and (bias.dtype is not dtype or bias.device != device or bias.shape != (k,)):  # fmt: skip

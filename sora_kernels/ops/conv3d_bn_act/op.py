@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common.gradient import Pair, Tensors, differentiable
@@ -165,13 +166,15 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _run_forward(
-    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
-    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, *, tapes, backend,
+    tapes, x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
+    dilation, groups, activation, negative_slope, batch_stats, momentum, eps, backend,
 ):  # fmt: skip
     """z, y, mean, invstd; the last two only where ``tapes``."""
     y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
-    memory_format = _format(x, weight)
-    y = y.contiguous(memory_format=memory_format)
+    if x.is_contiguous() and weight.is_contiguous():
+        y = y.contiguous()
+    else:
+        y = y.contiguous(memory_format=_format(x, weight))
     if batch_stats and reference.count(y) == 1:
         raise ValueError(
             "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
@@ -181,7 +184,7 @@ def _run_forward(
         mean = y.new_zeros(y.shape[1], dtype=_statistics_dtype(x))
         return torch.empty_like(y), y, mean, torch.ones_like(mean)
     if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format)
+        residual = residual.contiguous(memory_format=_format(x, weight))
     facts = Facts(y.device, y.dtype, y.shape, residual is not None, batch_stats)
     z, mean, invstd = OPERATOR.select(backend, facts).impl.forward(
         y, bias, residual, bn_weight, bn_bias, running_mean, running_var, batch_stats=batch_stats,
@@ -194,13 +197,11 @@ _NO_PADDING = [0, 0, 0]
 
 
 def _plain_impl(*args: Any) -> Tensor:
-    *inputs, backend = args
-    return _run_forward(*inputs, tapes=False, backend=backend)[0]
+    return _run_forward(False, *args)[0]
 
 
 def _fwd_impl(*args: Any) -> Tensors:
-    *inputs, backend = args
-    return _run_forward(*inputs, tapes=True, backend=backend)
+    return _run_forward(True, *args)
 
 
 def _plain_fake(
@@ -429,22 +430,26 @@ def conv3d_bn_act(
     Statistics, sums and the normalisation are computed in fp32 (fp64 for fp64). Under autocast x, weight, bias and
     residual are cast to its dtype. Gradients of any order exist; inside ``torch.func`` the reference runs.
     """
-    if backend is None or backend not in OPERATOR.backends:
-        backend = OPERATOR.check_name(backend)
+    backend = OPERATOR.check_name(backend) if backend else ""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {reference.ACTIVATIONS}, got {activation!r}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if (
+        torch._C._is_any_autocast_enabled()
+        and torch.is_autocast_enabled(x.device.type)
+        and x.dtype is not torch.float64
+    ):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    if torch.compiler.is_compiling():
-        shapes = arguments.geometry(x.shape, weight.shape, stride, padding, padding_mode, dilation, groups)  # fmt: skip
+    window = (x.shape, weight.shape, stride, padding, padding_mode, dilation, groups)
+    if is_dynamo_compiling():
+        shapes = arguments.geometry(*window)
     else:
-        shapes = arguments.cached_geometry(
-            x.shape, weight.shape, arguments.hashable(stride), arguments.hashable(padding), padding_mode,
-            arguments.hashable(dilation), groups,
-        )  # fmt: skip
+        try:
+            shapes = arguments.cached_geometry(*window)
+        except TypeError:  # a list, or a symbolic size: no key for a cache
+            shapes = arguments.geometry(*window)
     tensors = (x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var)
     arguments.check_tensors(*tensors, shapes.output)
     if shapes.pad is not None:

@@ -44,6 +44,8 @@ class Sizes(NamedTuple):
 
 def casts(x: Tensor) -> bool:
     """Whether autocast is on for x's device (meta has none)."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _native
@@ -27,22 +28,20 @@ def forward(
     weights: Sequence[Tensor],
     bias: bool,
     tapes: bool,
-) -> Result:
-    """As ``reference.layer`` without lengths, resets and projection; tapes empty if unwanted."""
+) -> Result | tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.layer`` without lengths, resets and projection; its first three without tapes."""
     T, B, width = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
     h0, c0 = _pointable(x, h0), _pointable(x, c0)
-    flat = x.reshape(T * B, width)
     if D == 1:
-        gates = _project(flat, weights, bias, None)
+        gates = F.linear(x, weights[0], weights[2] + weights[3] if bias else None)
     else:
-        gates = x.new_empty(D, T, B, 4 * H)
+        flat, gates = x.reshape(T * B, width), x.new_empty(D, T, B, 4 * H)
         for d in range(D):
             _project(flat, weights[d * per : (d + 1) * per], bias, gates[d].view(T * B, 4 * H))
     y, h_n, c_n = x.new_empty(T, B, D * H), x.new_empty(D, B, H), x.new_empty(D, B, H)
-    state = state_dtype(x.dtype)
-    cells = x.new_empty((T, B, D * H) if tapes else 0, dtype=state)
+    cells = x.new_empty(T, B, D * H, dtype=state_dtype(x.dtype)) if tapes else None
     if x.is_cuda or not _worth_packing(T, B, H):
         _forward_steps(
             h0,
@@ -50,7 +49,7 @@ def forward(
             weights[1::per],
             gates.view(D, T, B, 4 * H),
             y,
-            cells if tapes else None,
+            cells,
             h_n,
             c_n,
         )
@@ -59,10 +58,12 @@ def forward(
         w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
         _native.module().lstm_forward_cpu(
             DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), _pointer(w_hh),
-            _pointer(w_hh_reverse), _pointer(h0), _pointer(c0), y.data_ptr(), cells.data_ptr(),
+            _pointer(w_hh_reverse), _pointer(h0), _pointer(c0), y.data_ptr(), _pointer(cells),
             h_n.data_ptr(), c_n.data_ptr(), _native.num_threads(),
         )  # fmt: skip
-    return Result(y, h_n, c_n, cells, gates.view(D, T, B, 4 * H) if tapes else x.new_empty(0))
+    if cells is None:
+        return y, h_n, c_n
+    return Result(y, h_n, c_n, cells, gates.view(D, T, B, 4 * H))
 
 
 def backward(
@@ -126,7 +127,7 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor | None) -> Tensor:
+def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor) -> Tensor:
     """[T*B, I] -> x W_ih^T + b_ih + b_hh, [T*B, 4H]."""
     w = weights[0].t()
     if bias:

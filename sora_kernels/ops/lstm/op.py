@@ -12,10 +12,13 @@ from torch import Tensor
 
 from ... import _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
-from ..common.gradient import Pair, Tensors, _transformed, differentiable
+from ..common.gradient import Pair, Tensors, differentiable, transformed
 from ..common.schema import register
 from . import native, reference, stock
 from .arguments import Sizes, autocast, validate
+
+
+_CPU = torch.device("cpu")
 
 
 class Facts(NamedTuple):
@@ -43,7 +46,7 @@ def _native_can_run(facts: Facts) -> Verdict:
         return no("reset was given; the native kernels do not reset")
     if facts.proj_size:
         return no(f"proj_size is {facts.proj_size}; the native kernels have no projection")
-    if facts.device.type == "cpu":
+    if facts.device == _CPU:
         if facts.dtype not in native.CPU_DTYPES:
             return no(
                 f"x is {facts.dtype} on the CPU; the native kernels take fp32, fp64 and bf16 there"
@@ -77,7 +80,7 @@ def _torch_can_run(facts: Facts) -> Verdict:
 
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind each line."""
-    if facts.device.type == "cuda":
+    if facts.device != _CPU:
         # cuDNN's loop over steps is never slower than ours, but it is not bitwise repeatable.
         if torch.are_deterministic_algorithms_enabled():
             return ("native", "torch", "reference")
@@ -116,18 +119,14 @@ class _Torch:
         sizes = Sizes.of_layer(x, weights, bias)
         hx = sizes.states(x, h0, c0)
         found = stock.lstm(x, hx, weights, bias, 1, 0.0, False, sizes.directions == 2, lengths)
-        y, h_n, c_n = (t.contiguous() for t in found)
-        state = reference.state_dtype(x.dtype)
-        return y, h_n, c_n, x.new_empty(0, dtype=state), x.new_empty(0)
+        return tuple(t.contiguous() for t in found)
 
 
 class _Reference:
     @staticmethod
     def forward(x, h0, c0, weights, lengths, reset, bias, tapes):
         found = reference.layer(x, h0, c0, weights, lengths, reset, bias)
-        if tapes:
-            return found
-        return (*found[:3], x.new_empty(0, dtype=found.cells.dtype), x.new_empty(0))
+        return found if tapes else found[:3]
 
     @staticmethod
     def backward(
@@ -192,7 +191,7 @@ def _facts_of_layer(x, weights, lengths, reset, bias, tapes, precision) -> Facts
     )  # fmt: skip
 
 
-def _fwd_impl(x, h0, c0, weights, lengths, reset, bias, tapes, precision, backend):
+def _run_forward(tapes, x, h0, c0, weights, lengths, reset, bias, precision, backend):
     impl = _impl(backend, x, weights, lengths, reset, bias, tapes, precision)
     if not precision:
         return tuple(impl.forward(x, h0, c0, weights, lengths, reset, bias, tapes))
@@ -200,16 +199,30 @@ def _fwd_impl(x, h0, c0, weights, lengths, reset, bias, tapes, precision, backen
         return tuple(impl.forward(x, h0, c0, weights, lengths, reset, bias, tapes))
 
 
-def _fwd_fake(x, h0, c0, weights, lengths, reset, bias, tapes, precision, backend):
+def _plain_impl(*args: Any) -> Tensors:
+    return _run_forward(False, *args)
+
+
+def _fwd_impl(*args: Any) -> Tensors:
+    return _run_forward(True, *args)
+
+
+def _plain_fake(x, h0, c0, weights, lengths, reset, bias, precision, backend):
     T, B = x.shape[:2]
     sizes = Sizes.of_layer(x, weights, bias)
     D, H, P = sizes.directions, sizes.hidden_size, sizes.output_size
-    state = reference.state_dtype(x.dtype)
+    return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H)
+
+
+def _fwd_fake(x, h0, c0, weights, lengths, reset, bias, precision, backend):
+    T, B = x.shape[:2]
+    sizes = Sizes.of_layer(x, weights, bias)
+    D, H = sizes.directions, sizes.hidden_size
     return (
-        x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H),
-        x.new_empty((T, B, D * H) if tapes else (0,), dtype=state),
-        x.new_empty((D, T, B, 4 * H) if tapes else (0,)),
-    )  # fmt: skip
+        *_plain_fake(x, h0, c0, weights, lengths, reset, bias, precision, backend),
+        x.new_empty(T, B, D * H, dtype=reference.state_dtype(x.dtype)),
+        x.new_empty(D, T, B, 4 * H),
+    )
 
 
 def _bwd_impl(
@@ -259,13 +272,13 @@ def _matmul_precision(x: Tensor, precision: str) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
-_fwd = register(
-    "lstm_fwd(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, "
-    "bool bias, bool tapes, str precision, str backend) "
-    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)",
-    _fwd_impl,
-    _fwd_fake,
+_ARGUMENTS = (
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, bool bias, "
+    "str precision, str backend) -> (Tensor y, Tensor h_n, Tensor c_n"
 )
+# Two schemas rather than optional outputs: without a backward to come there are no tapes to return.
+_plain = register("lstm" + _ARGUMENTS + ")", _plain_impl, _plain_fake)
+_fwd = register("lstm_fwd" + _ARGUMENTS + ", Tensor cells, Tensor gates)", _fwd_impl, _fwd_fake)
 _bwd = register(
     "lstm_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, "
     "Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? reset, Tensor y, Tensor cells, "
@@ -283,7 +296,9 @@ _FIXED = 5
 def _forward(tensors: Tensors, flags: tuple, tapes: bool, backend: str) -> Tensors:
     x, h0, c0, lengths, reset, *weights = tensors
     bias, precision, cells = flags
-    return _fwd(x, h0, c0, weights, lengths, reset, bias, tapes or cells, precision, backend)
+    if tapes or cells:
+        return _fwd(x, h0, c0, weights, lengths, reset, bias, precision, backend)
+    return (*_plain(x, h0, c0, weights, lengths, reset, bias, precision, backend), None)
 
 
 def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
@@ -402,7 +417,7 @@ def run(
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
     cells, stock_layers = None, False
-    if not torch.compiler.is_compiling() and not _transformed((x, *(hx or ()), *weights)):
+    if not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or any(t.requires_grad for t in (*weights, *(hx or ())))
         )
