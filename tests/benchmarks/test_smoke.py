@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def test_named_backends_are_providers():
     """The fused Triton passes, in the interpreter, through the same rows."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    releases = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    if releases[0] < (3, 7) and releases[1] >= (2, 5):
+        pytest.skip("Triton 3.6's interpreter fails under numpy 2.5 (tests/conftest.py mends it)")
     done = run(
         "benchmarks/test_bench_conv3d_bn_act.py", "--benchmark-disable", "--device", "cpu",
         "--providers", "sora:hybrid", "-k", "crnn.conv1 or x3d_m.res2.depthwise",
