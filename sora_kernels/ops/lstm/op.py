@@ -17,7 +17,6 @@ from ..common.schema import register
 from . import native, reference, stock
 from .arguments import Sizes, autocast, validate
 
-
 _CPU = torch.device("cpu")
 
 
