@@ -11,9 +11,9 @@ slower host's limit (``gate_us``) grows with it.
 
 Rows with gradients are reported and not gated: a Python ``autograd.Function`` of this many tensors
 takes most of the limit by itself. ``backward`` runs ``torch.autograd.grad``; its direct call
-includes one empty ``autograd.Function``, because entering the engine is autograd's price for any op, and is reported on its own
-(``engine_us``). ``forward`` is with grad, above the bare kernels; ``function_us`` says what of it an
-empty ``autograd.Function`` costs.
+includes one empty ``autograd.Function``, because entering the engine is autograd's price for any
+op, and is reported on its own (``engine_us``). ``forward`` is above the bare kernels;
+``function_us`` says what of it an empty ``autograd.Function`` costs.
 """
 
 from __future__ import annotations
