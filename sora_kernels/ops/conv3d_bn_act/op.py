@@ -18,10 +18,10 @@ from torch.compiler import is_dynamo_compiling
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import register
-from . import arguments, reference, stock
+from . import arguments, hybrid, reference, stock
 from .arguments import DTYPES
 
-# torch.convolution, not torch.ops.aten's: the same op through the faster binding.
+# Where torch has a binding of its own, as for torch.convolution, it is several us faster than torch.ops.aten's.
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -80,59 +80,10 @@ def _hybrid_config(facts: Facts) -> str:
     return f"{plan.tile['BLOCK_M']}x{plan.tile['BLOCK_C']}, {plan.tile['num_warps']} warps"
 
 
-class _Hybrid:
-    """The fused Triton passes, imported when first used."""
-
-    @staticmethod
-    def forward(
-        y, bias, residual, bn_weight, bn_bias, running_mean, running_var, *,
-        batch_stats, activation, negative_slope, momentum, eps, tapes,
-    ):  # fmt: skip
-        from . import kernels
-
-        if batch_stats:
-            # A bias before batch statistics moves nothing but the running mean.
-            mean, invstd = kernels.launch_stats(y, bias, running_mean, running_var, momentum, eps)
-        else:
-            mean, invstd = running_mean, running_var
-            if bias is not None:
-                mean = mean - bias
-            if tapes:
-                wide = kernels.accumulator(y)
-                mean = mean.to(wide, copy=True)
-                invstd = torch.rsqrt(running_var.to(wide) + eps)
-        z = kernels.launch_fwd(
-            y, residual, mean, invstd, bn_weight, bn_bias,
-            eps=eps, invstd_is_var=not batch_stats and not tapes, activation=activation, negative_slope=negative_slope,
-        )  # fmt: skip
-        return z, mean, invstd
-
-    @staticmethod
-    def backward(
-        dz, y, z, residual, mean, invstd, bn_weight, bn_bias, *,
-        batch_stats, activation, negative_slope, needs,
-    ):  # fmt: skip
-        from . import kernels
-
-        needs_dy, needs_dresidual, needs_dweight, needs_dbias = needs
-        mask, other = "y", None
-        if activation and residual is not None:
-            mask, other = "residual", residual
-        elif activation and z is not None:
-            mask, other = "output", z
-        return kernels.launch_bwd(
-            dz, y, other, mean, invstd, bn_weight, bn_bias,
-            mask=mask, activation=activation, negative_slope=negative_slope, batch_stats=batch_stats,
-            needs_dy=needs_dy, needs_dresidual=needs_dresidual, needs_parameters=needs_dweight or needs_dbias,
-        )  # fmt: skip
-
-
 OPERATOR = Operator(
     "conv3d_bn_act",
     [
-        Backend(
-            "hybrid", _hybrid_can_run, _Hybrid, config=_hybrid_config, floor_bytes=_floor_bytes
-        ),
+        Backend("hybrid", _hybrid_can_run, hybrid, config=_hybrid_config, floor_bytes=_floor_bytes),
         Backend("torch", lambda facts: YES, stock),
         Backend("reference", lambda facts: YES, reference),
     ],
