@@ -113,7 +113,7 @@ def lstm_layer(mode: str, device: str, dtype: torch.dtype) -> Pair:
             code, T, B, size, 1, gates.data_ptr(), w_hh.data_ptr(), 0, 0, 0, y.data_ptr(),
             0 if cells is None else cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), threads,
         )  # fmt: skip
-        return y, cells, gates
+        return y, cells, gates.view(T * B, 4 * size)
 
     if mode == "inference":
         return Pair(_no_grad(op), _no_grad(lambda: forward(False)))

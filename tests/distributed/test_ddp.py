@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import sora_kernels as sk
@@ -56,10 +57,25 @@ def test_gradients_are_the_mean_of_both_halves(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_work, args=(port, str(tmp_path)), nprocs=2)
+    # Each rank runs this file as a script: a spawned child could not import it by its test module's name.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(port), str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
     for clip in clips:
         (_loss(model, clip) / 2).backward()
     for rank in range(2):
         grads = torch.load(tmp_path / f"grads{rank}.pt")
         for name, p in model.named_parameters():
             assert_close(grads[name], p.grad, "composition_fp32", name=f"{name} on rank {rank}")
+
+
+if __name__ == "__main__":
+    _work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
