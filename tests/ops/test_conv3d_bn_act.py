@@ -93,7 +93,8 @@ def check(backend, dtype, channels_last, activation, residual, training, **sizes
     z, grads = run(ours(mine, backend=backend, **options), inputs, dz)
     plain_z, plain_grads = run(stock(plain, **options), inputs, dz)
     true_z, _ = run(stock(true, **options), double(inputs), dz)
-    assert z.is_contiguous(memory_format=op._format(*inputs[:2]))
+    y = F.conv3d(*inputs[:2], None, 1, kernel // 2)
+    assert z.is_contiguous(memory_format=op._layout(y)), "not in the layout of ATen's convolution"
     assert_within_2x(z, plain_z, true_z, name="z")
     truth, plain_truth = (
         run(stock(double(running), mask=m, **options), double(inputs), dz)[1] for m in (z, plain_z)

@@ -127,8 +127,9 @@ def _run_forward(
 ):  # fmt: skip
     """z, y, mean, invstd; the last two only where ``tapes``.
 
-    The passes run in the layout that the convolution chose for y; z is laid out as promised last. Converting y first
-    would cost the same pass, and ATen's channels-last statistics on the CPU lose two digits.
+    The passes run in the layout that the convolution chose for y: it is free, and ATen's channels-last statistics on
+    the CPU lose two digits. On a GPU z is laid out as promised last; on the CPU, where ATen's small convolutions
+    answer channels-last input contiguously, it stays so, as in the modules that this replaces.
     """
     y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
     if batch_stats and reference.count(y) == 1:
@@ -146,7 +147,7 @@ def _run_forward(
         y, bias, residual, bn_weight, bn_bias, running_mean, running_var, batch_stats=batch_stats,
         activation=activation, negative_slope=negative_slope, momentum=momentum, eps=eps, tapes=tapes,
     )  # fmt: skip
-    if not (x.is_contiguous() and weight.is_contiguous()):
+    if not (x.is_cpu or (x.is_contiguous() and weight.is_contiguous())):
         z = z.contiguous(memory_format=_format(x, weight))
     return z, y, mean, invstd
 
@@ -162,22 +163,23 @@ def _fwd_impl(*args: Any) -> Tensors:
     return _run_forward(True, *args)
 
 
+def _fake_convolution(x, weight, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
+    """y as ATen lays it out, and an empty z of the same sizes."""
+    y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
+    z = torch.empty_like(y)
+    return y, z if x.is_cpu else z.contiguous(memory_format=_format(x, weight))
+
+
 def _plain_fake(
-    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, *_
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, groups, *_
 ):  # fmt: skip
-    sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(3)
-    ]  # fmt: skip
-    shape = (x.shape[0], weight.shape[0], *sizes)
-    return x.new_empty(shape).contiguous(memory_format=_format(x, weight))
+    return _fake_convolution(x, weight, stride, padding, dilation, groups)[1]
 
 
 def _fwd_fake(
     x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, groups, *_
 ):  # fmt: skip
-    y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
-    z = y.new_empty(y.shape).contiguous(memory_format=_format(x, weight))
+    y, z = _fake_convolution(x, weight, stride, padding, dilation, groups)
     channels = z.new_empty(weight.shape[0], dtype=_statistics_dtype(x))
     return z, y, channels, torch.empty_like(channels)
 
@@ -188,7 +190,6 @@ def _bwd_impl(
 ):  # fmt: skip
     needs_dx, needs_dw, needs_dbias, needs_dresidual, needs_dbn_weight, needs_dbn_bias = needs
     needs_dy = needs_dx or needs_dw or (needs_dbias and not batch_stats)
-    memory_format = _format(x, weight)
     if y.numel() == 0:
         like = (x, weight, weight.new_empty(weight.shape[0]), y, bn_weight, bn_bias)
         return tuple(
@@ -215,27 +216,28 @@ def _bwd_impl(
         dbias = weight.new_zeros(weight.shape[0])
     grads = (dx, dw, dbias, dresidual, dbn_weight, dbn_bias)
     return tuple(
-        x.new_empty(0) if g is None or not n else _laid_out(g, memory_format)
+        x.new_empty(0) if g is None or not n else _laid_out(g, x, weight)
         for g, n in zip(grads, needs, strict=True)
-    )  # fmt: skip
+    )
 
 
-def _laid_out(g: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return g.contiguous(memory_format=memory_format) if g.dim() == 5 else g
+def _laid_out(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A gradient as promised on a GPU, as ATen gave it on the CPU."""
+    return g if x.is_cpu or g.dim() != 5 else g.contiguous(memory_format=_format(x, weight))
 
 
 def _bwd_fake(
     dz, x, weight, y, mean, invstd, z, residual, bn_weight, bn_bias, stride, padding, dilation,
     groups, activation, negative_slope, batch_stats, needs, backend,
 ):  # fmt: skip
-    memory_format = _format(x, weight)
-    like = (x, weight, weight.new_empty(weight.shape[0]), y, bn_weight, bn_bias)
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device,
-                    memory_format=memory_format if t.dim() == 5 else torch.contiguous_format)
-        if n and t is not None else x.new_empty(0)
-        for t, n in zip(like, needs, strict=True)
+    dx, dw, dbias = _convolution_backward(
+        y, x, weight, [weight.shape[0]], stride, padding, dilation, False, _NO_PADDING, groups, list(needs[:3])
     )  # fmt: skip
+    like = (dx, dw, dbias, y, bn_weight, bn_bias)
+    return tuple(
+        _laid_out(torch.empty_like(t), x, weight) if n and t is not None else x.new_empty(0)
+        for t, n in zip(like, needs, strict=True)
+    )
 
 
 _ARGUMENTS = (
@@ -383,7 +385,8 @@ def conv3d_bn_act(
         backend: "hybrid" (ATen's convolution, fused Triton passes), "torch", "reference"; None takes the fastest.
 
     Returns:
-        ``[N, K, T', H', W']`` in x's dtype; channels_last_3d if x or weight is, else contiguous.
+        ``[N, K, T', H', W']`` in x's dtype; channels_last_3d if x or weight is, else contiguous. On the CPU in
+        the layout that ATen's convolution chooses, which for small channels-last input is contiguous.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is off, or batch statistics of one value a channel.

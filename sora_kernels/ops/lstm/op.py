@@ -392,8 +392,9 @@ def lstm(
     Source: Hochreiter and Schmidhuber (1997), the forget gate of Gers et al. (2000), the projection
     of Sak et al. (2014).
     """
-    backend = OPERATOR.check_name(backend)
-    x, hx, weights = autocast(x, hx, weights)
+    backend = OPERATOR.check_name(backend) if backend else ""
+    if torch._C._is_any_autocast_enabled():
+        x, hx, weights = autocast(x, hx, weights)
     validate(
         x, hx, weights, bias, num_layers, bidirectional, batch_first, proj_size, dropout, lengths,
         reset, memory, precision,
@@ -426,7 +427,7 @@ def run(
             precision or "",
         )  # fmt: skip
         name = OPERATOR.select(backend, facts).name
-        stock_layers, backend = name == "torch", f"{name} asked"
+        stock_layers, backend = name == "torch", name + " asked"
     if stock_layers:  # it has gradients of its own
         sizes = Sizes(directions, weights[1].shape[0] // 4, proj_size)
         h0, c0 = hx or (None, None)
