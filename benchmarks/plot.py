@@ -1,4 +1,4 @@
-"""``python benchmarks/plot.py RESULTS.json FIGURE.svg``: our speed-up over the baseline, a bar a row.
+"""``python benchmarks/plot.py RESULTS.json [...] FIGURE.svg``: our speed-up over the baseline, a bar a row.
 
 Everything in the figure comes from the JSON: bars, conditions, machine. Void rows are listed, not drawn.
 """
@@ -27,28 +27,33 @@ def rows(results: dict[str, Any], provider: str) -> tuple[list[tuple[str, float]
     return drawn, void
 
 
-def conditions(results: dict[str, Any]) -> str:
-    machine = results["machine_info"]
+def conditions(runs: list[dict[str, Any]]) -> str:
+    machine = runs[0]["machine_info"]
+    if any(run["machine_info"]["slug"] != machine["slug"] for run in runs):
+        raise SystemExit("plot: the results are of different machines")
     versions = machine.get("versions", {})
-    commit = results.get("commit_info", {}).get("id", "")[:10]
+    commits = dict.fromkeys(run.get("commit_info", {}).get("id", "")[:10] for run in runs)
     parts = [
         str(machine.get("gpu") or machine.get("cpu") or machine.get("slug")),
+        machine.get("isa", ""),
         f"{machine.get('threads', '?')} thread",
         *(f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)),
-        f"commit {commit}" if commit else "",
-        results.get("datetime", "")[:10],
+        f"commit {', '.join(filter(None, commits))}",
+        runs[0].get("datetime", "")[:10],
     ]
     return ", ".join(filter(None, parts))
 
 
-def draw(results: dict[str, Any], provider: str, path: Path) -> None:
+def draw(runs: list[dict[str, Any]], provider: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same file from the same results
     from matplotlib import pyplot as plt
 
-    drawn, void = rows(results, provider)
+    found = [rows(run, provider) for run in runs]
+    drawn = [row for part, _ in found for row in part]
+    void = [group for _, part in found for group in part]
     if not drawn:
         raise SystemExit(f"plot: no row of provider {provider!r} with a speed-up")
     drawn = drawn[::-1]
@@ -66,7 +71,7 @@ def draw(results: dict[str, Any], provider: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("time of stock torch / time of sora_kernels (1 = equal)", fontsize=8)
     note = f"; void (too noisy to count): {', '.join(void)}" if void else ""
-    axes.set_title(conditions(results) + note, fontsize=7, loc="left", color=INK, wrap=True)
+    axes.set_title(conditions(runs) + note, fontsize=7, loc="left", color=INK, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -74,11 +79,12 @@ def draw(results: dict[str, Any], provider: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("figure", type=Path)
     parser.add_argument("--provider", default="sora")
     arguments = parser.parse_args()
-    draw(json.loads(arguments.results.read_text()), arguments.provider, arguments.figure)
+    runs = [json.loads(path.read_text()) for path in arguments.results]
+    draw(runs, arguments.provider, arguments.figure)
 
 
 if __name__ == "__main__":
