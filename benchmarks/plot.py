@@ -1,6 +1,7 @@
 """``python benchmarks/plot.py RESULTS.json [...] FIGURE.svg``: our speed-up over the baseline, a bar a row.
 
-Everything in the figure comes from the JSON: bars, conditions, machine. Void rows are listed, not drawn.
+Everything in the figure comes from the JSON: bars, conditions, machine. Void rows are listed, not drawn;
+grey is equal within the noise that a row may have.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-BETTER, WORSE, INK = "#2a7f62", "#b5523b", "#333333"
+BETTER, EQUAL, WORSE, INK = "#2a7f62", "#9aa5ab", "#b5523b", "#333333"
+NOISE = 0.03  # what a row may differ from itself
 
 
 def rows(results: dict[str, Any], provider: str) -> tuple[list[tuple[str, float]], list[str]]:
@@ -44,11 +46,16 @@ def conditions(runs: list[dict[str, Any]]) -> str:
     return ", ".join(filter(None, parts))
 
 
+def _color(speedup: float) -> str:
+    return EQUAL if abs(speedup - 1) <= NOISE else BETTER if speedup > 1 else WORSE
+
+
 def draw(runs: list[dict[str, Any]], provider: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same file from the same results
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
     found = [rows(run, provider) for run in runs]
@@ -59,9 +66,7 @@ def draw(runs: list[dict[str, Any]], provider: str, path: Path) -> None:
     drawn = drawn[::-1]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.24 * len(drawn)), layout="constrained")
     values = [value for _, value in drawn]
-    bars = axes.barh(
-        range(len(drawn)), values, color=[BETTER if v >= 1 else WORSE for v in values], height=0.7
-    )
+    bars = axes.barh(range(len(drawn)), values, color=[_color(v) for v in values], height=0.7)
     axes.bar_label(bars, [f"{v:.2f}x" for v in values], padding=3, fontsize=7, color=INK)
     axes.set_yticks(range(len(drawn)), [name for name, _ in drawn], fontsize=7)
     axes.axvline(1, color=INK, linewidth=0.8)
