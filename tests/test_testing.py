@@ -48,6 +48,16 @@ def test_kink_forgives_one_element_and_not_many():
         assert_within_2x(flipped + 0.05, plain, truth, kink=True)
 
 
+def test_a_sum_that_cancels_is_judged_by_its_terms():
+    truth = torch.tensor([1e-9], dtype=torch.float64)
+    plain, ours = truth.float(), (truth + 1e-6).float()
+    with pytest.raises(AssertionError, match="max error"):
+        assert_within_2x(ours, plain, truth)
+    assert_within_2x(ours, plain, truth, terms=2.0)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_within_2x(ours + 1e-5, plain, truth, terms=2.0)
+
+
 def test_nan_infinity_shape_and_dtype_are_compared():
     truth = torch.tensor([1.0, torch.nan, torch.inf], dtype=torch.float64)
     plain = truth.float()
