@@ -46,6 +46,19 @@ def normalise(
     return out if bn_bias is None else out + _per_channel(bn_bias)
 
 
+def pre_activation(
+    y: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+) -> Tensor:
+    """What the activation sees: y normalised, plus the residual."""
+    out = normalise(y, mean, invstd, bn_weight, bn_bias)
+    return out if residual is None else out + residual
+
+
 def conv3d_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -79,9 +92,7 @@ def conv3d_bn_act(
             update_running(running_mean, running_var, mean, variance, count(y), momentum)
     else:
         mean, variance = running_mean, running_var
-    out = normalise(wide, mean, torch.rsqrt(variance + eps), bn_weight, bn_bias)
-    if residual is not None:
-        out = out + residual
+    out = pre_activation(wide, residual, mean, torch.rsqrt(variance + eps), bn_weight, bn_bias)
     return activate(out, activation, negative_slope).to(x.dtype)
 
 
@@ -100,9 +111,7 @@ def forward(
         mean = running_mean.to(wide.dtype, copy=True)
         mean, variance = mean if bias is None else mean - bias, running_var.to(wide.dtype)
     invstd = torch.rsqrt(variance + eps)
-    out = normalise(wide, mean, invstd, bn_weight, bn_bias)
-    if residual is not None:
-        out = out + residual
+    out = pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
     return activate(out, activation, negative_slope).to(y.dtype), mean, invstd
 
 
@@ -119,8 +128,7 @@ def backward(
     xhat = normalise(y.to(mean.dtype), mean, invstd, None, None)
     pre = z
     if z is None or activation == "silu":
-        pre = normalise(y.to(mean.dtype), mean, invstd, bn_weight, bn_bias)
-        pre = pre if residual is None else pre + residual
+        pre = pre_activation(y.to(mean.dtype), residual, mean, invstd, bn_weight, bn_bias)
     da = activation_grad(dz.to(mean.dtype), pre, activation, negative_slope)
     sum_da, sum_da_xhat = da.sum((0, 2, 3, 4)), (da * xhat).sum((0, 2, 3, 4))
     dy = da

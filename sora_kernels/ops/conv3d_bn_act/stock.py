@@ -96,7 +96,9 @@ def backward(
     da = dz
     if activation:
         if z is None:
-            z = _pre_activation(y, residual, mean, invstd, bn_weight, bn_bias)
+            wide = y.to(mean.dtype)
+            z = reference.pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
+            z = z.to(y.dtype)
         if activation == "relu":
             da = aten.threshold_backward(dz, z, 0)
         elif activation == "silu":
@@ -125,20 +127,3 @@ def backward(
         if bn_bias is not None and dbias is not None:
             dbias = dbias.to(bn_bias.dtype)
     return dy, da if needs_dresidual else None, dweight, dbias
-
-
-def _pre_activation(
-    y: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-) -> Tensor:
-    scale = invstd if bn_weight is None else invstd * bn_weight
-    out = (y.to(mean.dtype) - mean.view(1, -1, 1, 1, 1)) * scale.view(1, -1, 1, 1, 1)
-    if bn_bias is not None:
-        out = out + bn_bias.view(1, -1, 1, 1, 1)
-    if residual is not None:
-        out = out + residual
-    return out.to(y.dtype)
