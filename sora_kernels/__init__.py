@@ -9,7 +9,7 @@ from . import nn
 from ._dispatch import BackendError, explain
 from ._native import build_info
 from ._version import __version__
-from .ops import conv3d_bn_act, lstm
+from .ops import conv3d_bn_act, gru, lstm, rnn
 
 __all__ = [
     "BackendError",
@@ -17,6 +17,8 @@ __all__ = [
     "build_info",
     "conv3d_bn_act",
     "explain",
+    "gru",
     "lstm",
     "nn",
+    "rnn",
 ]

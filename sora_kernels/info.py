@@ -38,18 +38,21 @@ def _conv3d_bn_act(device: str) -> tuple[Any, ...]:
     return (x, weight, *torch.ones(4, 8, device=device))
 
 
-def _lstm(device: str) -> tuple[Any, ...]:
+def _recurrent(gates: int, device: str) -> tuple[Any, ...]:
     import torch
 
+    rows = gates * 16
     x = torch.zeros(4, 2, 16, device=device)
-    shapes = ((64, 16), (64, 16), (64,), (64,))
+    shapes = ((rows, 16), (rows, 16), (rows,), (rows,))
     return x, None, [torch.zeros(shape, device=device) for shape in shapes]
 
 
 # One small call an operator, arguments of its public function.
 SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "conv3d_bn_act": _conv3d_bn_act,
-    "lstm": _lstm,
+    "gru": partial(_recurrent, 3),
+    "lstm": partial(_recurrent, 4),
+    "rnn": partial(_recurrent, 1),
 }
 
 

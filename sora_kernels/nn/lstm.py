@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._dispatch import BackendError
-from ..ops.lstm import op as _op
-from ..ops.lstm import stock
+from ..ops.lstm import cells, op, stack, stock
 from ..ops.lstm.arguments import Sizes, autocast, casts
 
 
@@ -52,7 +51,7 @@ class LSTM(nn.RNNBase):
         *,
         backend: str | None = None,
     ) -> None:
-        _op.OPERATOR.check_name(backend)
+        op.OPERATORS["lstm"].check_name(backend)
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype,
@@ -96,11 +95,11 @@ class LSTM(nn.RNNBase):
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         self._check(input, hx, weights)
-        input, hx, cast = autocast(input, hx, weights)
-        output, (h_n, c_n) = _op.run(
-            input, hx, cast, self.bias, self.num_layers, self.bidirectional, self.batch_first,
+        input, hx, cast = autocast(cells.LSTM, input, hx, weights)
+        output, (h_n, c_n), _ = stack.run(
+            cells.LSTM, input, hx, cast, self.bias, self.num_layers, self.bidirectional, self.batch_first,
             self.proj_size, self.dropout, self.training,
-            backend=_op.OPERATOR.check_name(self.backend),
+            backend=op.OPERATORS["lstm"].check_name(self.backend),
         )  # fmt: skip
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
@@ -115,7 +114,7 @@ class LSTM(nn.RNNBase):
         batch_sizes: Tensor | None = None,
     ) -> None:
         """Torch's own errors."""
-        cast, w = casts(input), weights[0]
+        cast, w = casts(cells.LSTM, input, batch_sizes is not None), weights[0]
         if input.dtype != w.dtype and not cast:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({w.dtype}). "
@@ -152,7 +151,7 @@ class LSTM(nn.RNNBase):
     def _forward_packed(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        backend = _op.OPERATOR.check_name(self.backend)
+        backend = op.OPERATORS["lstm"].check_name(self.backend)
         if backend not in ("", "torch"):
             raise BackendError(
                 f"lstm: backend {backend!r} cannot run: the input is a PackedSequence, "
@@ -163,11 +162,11 @@ class LSTM(nn.RNNBase):
         if hx is None:
             sizes = Sizes(2 if self.bidirectional else 1, self.hidden_size, self.proj_size)
             first = data[: int(batch_sizes[0])].unsqueeze(0)
-            hx = sizes.states(first, None, None, self.num_layers)
+            hx = sizes.zeros(cells.LSTM, first, first.shape[1], self.num_layers)
         else:
             hx = self.permute_hidden(hx, order)
-        output, h_n, c_n = stock.vf_lstm(
-            data, batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
+        output, h_n, c_n = stock.layers(
+            cells.LSTM, data, hx, weights, batch_sizes, None, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional,
         )  # fmt: skip
         return PackedSequence(output, batch_sizes, order, back), self.permute_hidden(

@@ -1,3 +1,3 @@
-from .op import lstm
+from .stack import gru, lstm, rnn
 
-__all__ = ["lstm"]
+__all__ = ["gru", "lstm", "rnn"]

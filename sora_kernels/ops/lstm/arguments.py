@@ -1,14 +1,18 @@
-"""Checks and casts of ``lstm``'s arguments: the part that depends on shapes, and on no backend."""
+"""Checks and casts of a recurrent call's arguments: the part that depends on shapes, and on no
+backend.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-States = tuple[Tensor, Tensor] | None
+from .cells import LSTM, Cell
+
+States = tuple[Tensor, ...] | None
 
 
 class Sizes(NamedTuple):
@@ -23,119 +27,149 @@ class Sizes(NamedTuple):
         return self.proj_size or self.hidden_size
 
     @classmethod
-    def of_layer(cls, x: Tensor, weights: Sequence[Tensor], bias: bool) -> Sizes:
+    def of_layer(cls, cell: Cell, weights: Sequence[Tensor], bias: bool) -> Sizes:
         """From a flat list: 2 entries a direction, 2 more with biases, 1 more with a projection."""
         plain = 4 if bias else 2
         directions = 1 if len(weights) <= plain + 1 else 2
+        rows, columns = weights[1].shape
         projects = len(weights) > plain * directions
-        return cls(directions, weights[1].shape[0] // 4, weights[1].shape[1] if projects else 0)
+        return cls(directions, rows // cell.gates, columns if projects else 0)
 
-    def states(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, num_layers: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """The given states, zeros where there are none. x is [T, B, I]."""
-        count, batch = num_layers * self.directions, x.shape[1]
-        if h0 is None:
-            h0 = x.new_zeros(count, batch, self.output_size)
-        if c0 is None:
-            c0 = x.new_zeros(count, batch, self.hidden_size)
-        return h0, c0
+    def zeros(self, cell: Cell, x: Tensor, batch: int, num_layers: int = 1) -> tuple[Tensor, ...]:
+        """The states of who gives none, in x's dtype."""
+        count = num_layers * self.directions
+        h0 = x.new_zeros(count, batch, self.output_size)
+        return (h0, x.new_zeros(count, batch, self.hidden_size)) if cell.has_c else (h0,)
 
 
-def casts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device (meta has none)."""
-    if not torch._C._is_any_autocast_enabled():
+def casts(cell: Cell, x: Tensor, packed: bool = False) -> bool:
+    """Whether autocast, as it is now, casts this cell's arguments, as torch's own: everything on
+    CUDA, but nothing on the CPU besides LSTM on dense data. fp64 stays as it is.
+    """
+    if not torch._C._is_any_autocast_enabled() or x.is_meta or x.dtype == torch.float64:
         return False
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and (kind != "cpu" or (cell is LSTM and not packed))
 
 
-def autocast(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Any, Sequence[Tensor]]:
-    """Everything in autocast's dtype where it is on and x is not fp64."""
-    if not casts(x) or x.dtype == torch.float64:
+def autocast(
+    cell: Cell, x: Tensor, hx: States, weights: Sequence[Tensor], packed: bool = False
+) -> tuple[Tensor, States, Sequence[Tensor]]:
+    """Everything in autocast's dtype where it ``casts``."""
+    if not casts(cell, x, packed):
         return x, hx, weights
     dtype = torch.get_autocast_dtype(x.device.type)
-    hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+    hx = None if hx is None else tuple(t.to(dtype) for t in hx)
     return x.to(dtype), hx, [w.to(dtype) for w in weights]
 
 
 def validate(
-    x: Tensor, hx: States, weights: Sequence[Tensor], bias: bool, num_layers: int,
+    cell: Cell, x: Tensor, hx: States, weights: Sequence[Tensor], bias: bool, num_layers: int,
     bidirectional: bool, batch_first: bool, proj_size: int, dropout: float, lengths: Tensor | None,
     reset: Tensor | None, memory: str, precision: str | None,
 ) -> None:  # fmt: skip
     """Raises one error that names the argument, what was expected and what came."""
-    if memory != "save":
-        if memory == "recompute":
-            raise NotImplementedError(
-                "lstm: memory='recompute' is not there yet; use memory='save'"
-            )
-        raise ValueError(f"lstm: memory must be 'save' or 'recompute', got {memory!r}")
+    if memory not in ("save", "recompute"):
+        raise _error(cell, f"memory must be 'save' or 'recompute', got {memory!r}")
     if precision not in (None, "tf32", "ieee"):
-        raise ValueError(f"lstm: precision must be None, 'tf32' or 'ieee', got {precision!r}")
+        raise _error(cell, f"precision must be None, 'tf32' or 'ieee', got {precision!r}")
     if not 0 <= dropout <= 1:
-        raise ValueError(f"lstm: dropout must be in [0, 1], got {dropout}")
+        raise _error(cell, f"dropout must be in [0, 1], got {dropout}")
     if num_layers < 1:
-        raise ValueError(f"lstm: num_layers must be at least 1, got {num_layers}")
+        raise _error(cell, f"num_layers must be at least 1, got {num_layers}")
     sizes, dtype, device = x.shape, x.dtype, x.device
     if len(sizes) != 3:
         axes = "[B, T, I]" if batch_first else "[T, B, I]"
-        raise ValueError(f"lstm: x must be {axes}, got {tuple(x.shape)}")
+        raise _error(cell, f"x must be {axes}, got {tuple(sizes)}")
     if not dtype.is_floating_point:
-        raise ValueError(f"lstm: x must be floating point, got {x.dtype}")
+        raise _error(cell, f"x must be floating point, got {dtype}")
     T, B, width = sizes
     if batch_first:
         T, B = B, T
     if T == 0:
-        raise ValueError(f"lstm: x must have at least one step, got {tuple(x.shape)}")
+        raise _error(cell, f"x must have at least one step, got {tuple(sizes)}")
     directions = 2 if bidirectional else 1
     per = (4 if bias else 2) + (1 if proj_size else 0)
     if len(weights) != num_layers * directions * per:
-        raise ValueError(
-            f"lstm: weights must be {num_layers} layers x {directions} directions x {per} tensors "
-            f"for bias={bias}, proj_size={proj_size}, got {len(weights)}"
+        raise _error(
+            cell,
+            f"weights must be {num_layers} layers x {directions} directions x {per} tensors "
+            f"for bias={bias}{f', proj_size={proj_size}' if cell is LSTM else ''}, "
+            f"got {len(weights)}",
         )
-    recurrent = weights[1].shape
-    if len(recurrent) != 2 or recurrent[0] % 4:
-        raise ValueError(f"lstm: weights[1] (w_hh) must be [4*H, H], got {tuple(recurrent)}")
-    H = recurrent[0] // 4
+    recurrent, gates = weights[1].shape, cell.gates
+    if len(recurrent) != 2 or recurrent[0] % gates:
+        rows = f"{gates}*H" if gates > 1 else "H"
+        raise _error(cell, f"weights[1] (w_hh) must be [{rows}, H], got {tuple(recurrent)}")
+    rows = recurrent[0]
+    H = rows // gates
     if not 0 <= proj_size < max(H, 1):
-        raise ValueError(
-            f"lstm: proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}"
-        )
+        raise _error(cell, f"proj_size must be in 0..hidden_size - 1 = {H - 1}, got {proj_size}")
     P = proj_size or H
-    count = num_layers * directions
-    own: list[tuple[int, ...]] = [(4 * H, width), (4 * H, P)]
+    own: list[tuple[int, ...]] = [(rows, width), (rows, P)]
     if bias:
-        own += [(4 * H,), (4 * H,)]
+        own += [(rows,), (rows,)]
     if proj_size:
         own.append((P, H))
+    first_layer = per * directions
     for k, w in enumerate(weights):
-        if k == per * directions:
-            own[0] = (4 * H, directions * P)
+        if k == first_layer:
+            own[0] = (rows, directions * P)
         if w.shape != own[k % per] or w.dtype != dtype or w.device != device:
-            raise _mismatch(f"weights[{k}]", w, own[k % per], x)
+            raise _mismatch(cell, f"weights[{k}]", w, own[k % per], x)
     if hx is not None:
-        if len(hx) != 2:
-            raise ValueError(f"lstm: hx must be (h_0, c_0) or None, got {len(hx)} tensors")
-        for name, t, size in (("h_0", hx[0], P), ("c_0", hx[1], H)):
-            if t.shape != (count, B, size) or t.dtype != dtype or t.device != device:
-                raise _mismatch(name, t, (count, B, size), x)
-    if lengths is not None:
-        if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"lstm: lengths must be int32 or int64 [{B}], "
-                f"got {lengths.dtype} {tuple(lengths.shape)}"
-            )
-    if reset is not None:
-        if reset.shape != x.shape[:2] or reset.dtype != torch.bool or reset.device != x.device:
-            raise ValueError(
-                f"lstm: reset must be bool {tuple(x.shape[:2])} on {x.device}, "
-                f"got {reset.dtype} {tuple(reset.shape)} on {reset.device}"
-            )
+        _validate_states(cell, x, hx, num_layers * directions, B, P, H)
+    if lengths is not None and (
+        lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64)
+    ):
+        raise _error(
+            cell,
+            f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}",
+        )
+    if reset is not None and (
+        reset.shape != sizes[:2] or reset.dtype != torch.bool or reset.device != device
+    ):
+        raise _error(
+            cell,
+            f"reset must be bool {tuple(sizes[:2])} on {device}, "
+            f"got {reset.dtype} {tuple(reset.shape)} on {reset.device}",
+        )
 
 
-def _mismatch(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> ValueError:
-    return ValueError(
-        f"lstm: {name} must be {shape} {x.dtype} on {x.device}, "
-        f"got {tuple(t.shape)} {t.dtype} on {t.device}"
+def _validate_states(
+    cell: Cell, x: Tensor, hx: tuple[Tensor, ...], count: int, B: int, P: int, H: int
+) -> None:
+    if cell.has_c:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            raise _error(cell, f"hx must be (h_0, c_0) or None, got {_described(hx)}")
+        names: tuple[str, ...] = ("h_0", "c_0")
+    else:
+        if not isinstance(hx[0], Tensor):
+            raise _error(cell, f"hx must be a tensor or None, got {_described(hx[0])}")
+        names = ("hx",)
+    for name, t, size in zip(names, hx, (P, H), strict=False):
+        if t.shape != (count, B, size) or t.dtype != x.dtype or t.device != x.device:
+            raise _mismatch(cell, name, t, (count, B, size), x)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} tensors"
+    return f"a {type(value).__name__}"
+
+
+def operator_of(cell: Cell) -> str:
+    """The public function's name."""
+    return cell.name.partition("_")[0]
+
+
+def _error(cell: Cell, text: str) -> ValueError:
+    return ValueError(f"{operator_of(cell)}: {text}")
+
+
+def _mismatch(cell: Cell, name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> ValueError:
+    return _error(
+        cell,
+        f"{name} must be {shape} {x.dtype} on {x.device}, "
+        f"got {tuple(t.shape)} {t.dtype} on {t.device}",
     )

@@ -1,5 +1,5 @@
-"""Torch's own LSTM: cuDNN on CUDA, oneDNN on the CPU, and ATen's loop over steps where neither
-takes the call.
+"""Torch's own recurrent layers: cuDNN on CUDA, oneDNN for LSTM on the CPU, and ATen's loop over
+steps where neither takes the call.
 """
 
 from __future__ import annotations
@@ -11,36 +11,100 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-# Two overloads: (x, hx, weights, ..., batch_first), and for packed data (data, batch_sizes, hx,
+from .arguments import Sizes
+from .cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell
+from .reference import Result
+
+# Two overloads each: (x, hx, weights, ..., batch_first), and for packed data (data, batch_sizes, hx,
 # weights, ...).
-vf_lstm: Any = torch._VF.lstm
+_LAYERS: dict[str, Any] = {
+    LSTM.name: torch._VF.lstm,
+    GRU.name: torch._VF.gru,
+    RNN_TANH.name: torch._VF.rnn_tanh,
+    RNN_RELU.name: torch._VF.rnn_relu,
+}
 
 
-def lstm(
-    x: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], bias: bool, num_layers: int,
-    dropout: float, training: bool, bidirectional: bool, lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [T, B, I] -> y [T, B, D*P], h_n, c_n. Ragged rows are sorted and packed: ``lengths`` comes
-    to the host.
+def layers(
+    cell: Cell, x: Tensor, hx: tuple[Tensor, ...], weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, bias: bool, num_layers: int = 1,
+    dropout: float = 0.0, training: bool = False, bidirectional: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """x [T, B, I], or [N, I] with ``batch_sizes`` -> y and the last states. Ragged rows are sorted
+    and packed: ``lengths`` come to the host.
     """
+    run, given = _LAYERS[cell.name], hx if cell.has_c else hx[0]
+    options = (bias, num_layers, dropout, training, bidirectional)
+    if batch_sizes is not None:
+        return run(x, batch_sizes, given, weights, *options)
     if lengths is None:
-        return vf_lstm(x, hx, weights, bias, num_layers, dropout, training, bidirectional, False)
+        return run(x, given, weights, *options, False)
     host = lengths.to("cpu", torch.int64)
     # Packing refuses an empty row: it runs one step and is then put back.
     packed = pack_padded_sequence(x, host.clamp(min=1), enforce_sorted=False)
     order, back = packed.sorted_indices, packed.unsorted_indices
     assert order is not None and back is not None
-    hx_sorted = (hx[0].index_select(1, order), hx[1].index_select(1, order))
-    data, h_n, c_n = vf_lstm(
-        packed.data, packed.batch_sizes, hx_sorted, weights, bias, num_layers, dropout, training,
-        bidirectional
-    )  # fmt: skip
+    ordered = tuple(state.index_select(1, order) for state in hx)
+    data, *states = run(
+        packed.data, packed.batch_sizes, ordered if cell.has_c else ordered[0], weights, *options
+    )
     y, _ = pad_packed_sequence(
         PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0]
     )
-    h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back)
-    if bool((host == 0).any()):
+    states = [state.index_select(1, back) for state in states]
+    if bool((host <= 0).any()):
         live = (lengths > 0).to(x.device)[:, None]
         y = torch.where(live, y, 0)
-        h_n, c_n = torch.where(live, h_n, hx[0]), torch.where(live, c_n, hx[1])
-    return y, h_n, c_n
+        states = [torch.where(live, s, first) for s, first in zip(states, hx, strict=True)]
+    return (y, *states)
+
+
+def forward(
+    cell: Cell, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, bias: bool,
+    tapes: bool,
+) -> Result:  # fmt: skip
+    """One layer, as ``reference.layer`` without resets and tapes."""
+    assert reset is None and not tapes
+    sizes = Sizes.of_layer(cell, weights, bias)
+    if h0 is None or (cell.has_c and c0 is None):
+        zeros = sizes.zeros(cell, x, x.shape[1] if h0 is None else h0.shape[1])
+        h0 = zeros[0] if h0 is None else h0
+        c0 = zeros[1] if cell.has_c and c0 is None else c0
+    hx = (h0,) if c0 is None else (h0, c0)
+    found = layers(
+        cell, x, hx, weights, batch_sizes, lengths, bias, bidirectional=sizes.directions == 2
+    )
+    y, h_n, *c_n = (t.contiguous() for t in found)
+    return Result(y, h_n, c_n[0] if c_n else None, None, None)
+
+
+def backward(
+    cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
+    cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Runs the layer again, then autograd: torch keeps its tapes to itself."""
+    assert dcells is None and gates is None
+    count = 3 if cell.has_c else 2
+    given = [x, h0, c0, *weights] if cell.has_c else [x, h0, *weights]
+    with torch.enable_grad():
+        leaves: list[Any] = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(given, needs, strict=True)
+        ]
+        x, h0, c0 = (*leaves[:count], None)[:3]
+        result = forward(cell, x, h0, c0, leaves[count:], batch_sizes, lengths, reset, bias, False)
+    grads = zip(result[:3], (dy, dh_n, dc_n), strict=True)
+    pairs = [(out, g) for out, g in grads if out is not None and g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            [t for t, need in zip(leaves, needs, strict=True) if need],
+            [g for _, g in pairs],
+            materialize_grads=True,
+        )
+    )
+    every = [next(found) if need else None for need in needs]
+    return every[0], every[1], every[2] if cell.has_c else None, every[count:]
