@@ -1,0 +1,73 @@
+"""``RNN``: ``torch.nn.RNN`` through :func:`sora_kernels.rnn`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._recurrent import Recurrent, refuse_projection
+
+
+class RNN(Recurrent):
+    """Drop-in ``torch.nn.RNN``: its constructor, attributes, parameters, state dict,
+    initialisation, errors and repr.
+
+    Beyond it: all that :class:`sora_kernels.nn.LSTM` adds, but for the cell states.
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity ("tanh" or "relu"), bias, batch_first,
+            dropout, bidirectional, device, dtype: as ``torch.nn.RNN``.
+        backend, memory: as :func:`sora_kernels.rnn`; not part of the state dict.
+
+    Shape:
+        input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a
+        ``PackedSequence``; hx ``h_0`` or None -> ``(output, h_n)``, as ``torch.nn.RNN``. lengths
+        and reset (``forward``, by keyword): as :func:`sora_kernels.rnn`, for input that is not
+        packed.
+
+    Example:
+        >>> rnn = sora_kernels.nn.RNN(128, 256, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(30, 8, 128))
+    """
+
+    torch_class = nn.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        memory: str = "save",
+        proj_size: None = None,
+    ) -> None:
+        refuse_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
+            dropout, bidirectional, 0, device, dtype, backend=backend, memory=memory,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> Any:
+        return self._run(input, hx, lengths, reset)
