@@ -13,6 +13,7 @@
 namespace py = pybind11;
 
 namespace sora {
+void init_dropout(py::module_& m);
 void init_lstm(py::module_& m);
 }
 
@@ -68,5 +69,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_driver_version", &sora::cuda_driver_version,
         "Newest CUDA the driver supports (1000 * major + 10 * minor), 0 without one.");
 #endif
+  sora::init_dropout(m);
   sora::init_lstm(m);
 }

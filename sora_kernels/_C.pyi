@@ -12,6 +12,17 @@ def openmp_team_size(threads: int) -> int: ...
 def cuda_driver_version() -> int:
     """Only in a build with CUDA."""
 
+def dropout(
+    dtype: int,
+    count: int,
+    x: int,
+    seed: int,
+    p: float,
+    y: int,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
 def lstm_cpu_isa() -> str: ...
 def lstm_forward_cpu(
     dtype: int,

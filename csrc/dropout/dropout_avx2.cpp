@@ -1,0 +1,33 @@
+#if defined(__x86_64__)
+
+// What other translation units share comes before the instruction set is switched on.
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "dropout_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define SORA_ISA avx2
+#define SORA_VECTOR_BYTES 32
+#include "dropout_walk.h"
+
+namespace sora {
+
+DropoutWalk dropout_walk_avx2(DType dtype) { return avx2::walk_for(dtype); }
+
+}  // namespace sora
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
