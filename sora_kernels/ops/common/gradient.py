@@ -132,14 +132,15 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
                 found = Backward.apply(ctx.flags, ctx.backend, needs, len(grads), *grads, *saved)
             else:
                 found = pair.backward(grads, saved, needs, ctx.flags, ctx.backend)
-            found = tuple(g if n else None for g, n in zip(found, needs, strict=True))
-            return (None, None, *found)
+            return (None, None, *[g if n else None for g, n in zip(found, needs, strict=True)])
 
     def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors:
         if not is_dynamo_compiling() and transformed(tensors):
             return pair.reference(tensors, flags)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return Forward.apply(flags, backend, *tensors)
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return Forward.apply(flags, backend, *tensors)
         return pair.forward(tensors, flags, False, backend)[: pair.num_outputs]
 
     return call

@@ -99,8 +99,8 @@ def validate(
         )
     recurrent, gates = weights[1].shape, cell.gates
     if len(recurrent) != 2 or recurrent[0] % gates:
-        rows = f"{gates}*H" if gates > 1 else "H"
-        raise _error(cell, f"weights[1] (w_hh) must be [{rows}, H], got {tuple(recurrent)}")
+        form = f"[{gates}*H, H]" if gates > 1 else "[H, H]"
+        raise _error(cell, f"weights[1] (w_hh) must be {form}, got {tuple(recurrent)}")
     rows = recurrent[0]
     H = rows // gates
     if not 0 <= proj_size < max(H, 1):

@@ -15,13 +15,15 @@ Packed: ``x`` [N, I] with ``batch_sizes`` as in ``PackedSequence``; every [T, B,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import GRU, LSTM, RNN_TANH, Cell
+
+State = TypeVar("State", bound="Tensor | None")
 
 
 class Weights(NamedTuple):
@@ -128,12 +130,13 @@ def layer(
         gates = None if gates is None else packing.take(gates, 1)
         return Result(packing.take(y), h_n, c_n, cells, gates)
     T, B = x.shape[:2]
+    x = _within(x, lengths)
     state = state_dtype(x.dtype)
     per_direction = []
     for d, w in enumerate(split_weights(weights, bias)):
         H, P = w.w_hh.shape[0] // cell.gates, w.w_hh.shape[1]
         h = x.new_zeros(B, P) if h0 is None else h0[d]
-        c = None
+        c: Tensor | None = None
         if cell.has_c:
             c = x.new_zeros(B, H, dtype=state) if c0 is None else c0[d].to(state)
         inputs = F.linear(x, w.w_ih, w.b_ih)
@@ -142,12 +145,12 @@ def layer(
             live = None if lengths is None else (t < lengths)[:, None]
             clear = _clear_before(t, d, T, lengths, reset)
             h_prev, c_prev = _cleared(h, clear), _cleared(c, clear)
-            new = _step(cell, inputs[t], h_prev, c_prev, w, state)
+            new: Any = _step(cell, inputs[t], h_prev, c_prev, w, state)
             if live is None:
                 h, c = new[0], new[1]
             else:
                 h = torch.where(live, new[0], h_prev)
-                c = c_prev if new[1] is None else torch.where(live, new[1], c_prev)  # type: ignore[arg-type]
+                c = None if c_prev is None else torch.where(live, new[1], c_prev)
                 new = tuple(None if v is None else torch.where(live, v, 0) for v in new)
             steps.append(new if tapes else (new[0], None, None))
         if d == 1:
@@ -190,8 +193,9 @@ def layer_backward(
         cells, gates = again.cells, again.gates
     if batch_sizes is not None:
         packing = Packing(batch_sizes, x.device)
-        dy, dcells, x, reset, y, cells = (
-            None if t is None else packing.pad(t) for t in (dy, dcells, x, reset, y, cells)
+        x, y = packing.pad(x), packing.pad(y)
+        dy, dcells, reset, cells = (
+            None if t is None else packing.pad(t) for t in (dy, dcells, reset, cells)
         )
         gates = None if gates is None else packing.pad(gates, 1)
         dx, *others = layer_backward(
@@ -200,6 +204,7 @@ def layer_backward(
         )  # fmt: skip
         return (packing.take(dx), *others)  # type: ignore[return-value]
     T, B = x.shape[:2]
+    x = _within(x, lengths)
     state = state_dtype(x.dtype)
     dxs, dh0, dc0, dweights = [], [], [], []
     for d, w in enumerate(split_weights(weights, bias)):
@@ -209,7 +214,8 @@ def layer_backward(
         own_gates = None if gates is None else gates[d].to(state)
         h_first = x.new_zeros(B, P) if h0 is None else h0[d]
         dh = x.new_zeros(B, P, dtype=state) if dh_n is None else dh_n[d].to(state)
-        c_first = dc = None
+        c_first: Tensor | None = None
+        dc: Tensor | None = None
         if cell.has_c:
             c_first = x.new_zeros(B, H, dtype=state) if c0 is None else c0[d].to(state)
             dc = x.new_zeros(B, H, dtype=state) if dc_n is None else dc_n[d].to(state)
@@ -245,10 +251,7 @@ def layer_backward(
             dweights += [da.sum(0), db.sum(0)]
         if w.w_hr is not None:
             assert own_gates is not None and own_cells is not None
-            m = (own_gates[..., 3 * H :] * own_cells.tanh()).to(x.dtype)
-            if lengths is not None:  # gates are undefined there
-                steps_past = torch.arange(T, device=x.device)[:, None] < lengths
-                m = torch.where(steps_past[..., None], m, 0)
+            m = _within((own_gates[..., 3 * H :] * own_cells.tanh()).to(x.dtype), lengths)
             dweights.append(dh_now.to(x.dtype).t() @ m.flatten(0, 1))
     return (
         sum(dxs[1:], dxs[0]),
@@ -317,12 +320,22 @@ def _step_backward(
     return da, da, (da @ w.w_hh).to(dh.dtype), None
 
 
+def _within(t: Tensor, lengths: Tensor | None) -> Tensor:
+    """[T, B, ...] with 0 past a row's length, where it may hold anything."""
+    if lengths is None:
+        return t
+    live = torch.arange(t.shape[0], device=t.device)[:, None] < lengths
+    return torch.where(live[..., None], t, 0)
+
+
 def _stack(column: Sequence[Tensor | None]) -> Tensor | None:
     return None if column[0] is None else torch.stack(column)  # type: ignore[arg-type]
 
 
-def _cleared(state: Tensor | None, clear: Tensor | None) -> Tensor | None:
-    return state if state is None or clear is None else state.masked_fill(clear, 0)
+def _cleared(state: State, clear: Tensor | None) -> State:
+    if state is None or clear is None:
+        return state
+    return state.masked_fill(clear, 0)  # type: ignore[return-value]
 
 
 def _clear_before(
@@ -341,13 +354,13 @@ def _clear_before(
 
 
 def _previous(
-    t: int, d: int, T: int, lengths: Tensor | None, states: Tensor | None, first: Tensor | None
-) -> Tensor | None:
+    t: int, d: int, T: int, lengths: Tensor | None, states: Tensor | None, first: State
+) -> State:
     """The state that step t of direction d started from, before any clearing."""
     earlier = t - 1 if d == 0 else t + 1
-    if states is None or earlier in (-1, T):
+    if states is None or first is None or earlier in (-1, T):
         return first
     state = states[earlier]
     if d == 1 and lengths is not None:
-        return torch.where((earlier >= lengths)[:, None], first, state)  # type: ignore[arg-type]
-    return state
+        state = torch.where((earlier >= lengths)[:, None], first, state)
+    return state  # type: ignore[return-value]

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..common.gradient import transformed
 from . import stock
 from .arguments import Sizes, States, autocast, validate
+from .backends import OPERATORS, facts_of
 from .cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell
-from .op import LAYERS, OPERATORS, facts_of
+from .op import LAYERS
 
 
 def run(
@@ -41,7 +42,8 @@ def run(
         sizes = Sizes(2 if bidirectional else 1, weights[1].shape[0] // cell.gates, proj_size)
         hx = sizes.zeros(cell, x, int(batch_sizes[0]), num_layers)
     layer, recompute = LAYERS[cell.name], memory == "recompute"
-    call = layer.call_with_cells if return_cells else layer.call
+    found: Any = ()
+    recorded = True  # by autograd; also the way under compile and torch.func
     if not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
         facts = facts_of(
             cell, x, hx, weights, batch_sizes, bidirectional, proj_size, lengths, reset,
@@ -52,35 +54,41 @@ def run(
             if hx is None:
                 sizes = Sizes(facts.directions, facts.hidden_size, proj_size)
                 hx = sizes.zeros(cell, x, x.shape[1], num_layers)
-            y, *last = stock.layers(
+            y, *found = stock.layers(
                 cell, x, hx, weights, batch_sizes, lengths, bias, num_layers, dropout, training,
                 bidirectional,
             )  # fmt: skip
-            return y.transpose(0, 1) if turned else y, tuple(last), None
-        backend = "=" + name
-        if not facts.grad:
-            call = layer.infer_with_cells if return_cells else layer.infer
+            return y.transpose(0, 1) if turned else y, tuple(found), None
+        backend, recorded = "=" + name, facts.grad
 
-    flags = (bias, precision or "", recompute)
-    given: tuple[Tensor | None, ...] = hx or ((None, None) if cell.has_c else (None,))
-    count = len(given)
-    if num_layers == 1:
-        found: Any = call((x, *given, batch_sizes, lengths, reset, *weights), flags, backend)
-        y, states = found[0], found[1 : 1 + count]
-    else:
-        per_layer, directions = len(weights) // num_layers, 2 if bidirectional else 1
-        y, every = x, []
-        for k in range(num_layers):
-            if k and dropout and training:
-                y = F.dropout(y, dropout)
+    precision, last = precision or "", num_layers - 1
+    flags = (bias, precision, recompute)
+    given: Sequence[Tensor | None] = hx or ((None, None) if cell.has_c else (None,))
+    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
+    y, every = x, []
+    for k in range(num_layers):
+        own, own_weights = given, weights
+        if last:
             rows = slice(k * directions, (k + 1) * directions)
             own = [None if state is None else state[rows] for state in given]
             own_weights = weights[k * per_layer : (k + 1) * per_layer]
+            if k and dropout and training:
+                y = F.dropout(y, dropout)
+        with_cells = return_cells and k == last
+        if recorded:
+            call = layer.call_with_cells if with_cells else layer.call
             found = call((y, *own, batch_sizes, lengths, reset, *own_weights), flags, backend)
-            y = found[0]
-            every.append(found[1 : 1 + count])
-        states = tuple(torch.cat(column) for column in zip(*every, strict=True))
-    cells = found[1 + count].to(y.dtype) if return_cells else None
+        else:
+            op = layer.fwd if with_cells else layer.plain
+            found = op(
+                y, *own, list(own_weights), batch_sizes, lengths, reset, bias, precision, backend
+            )
+        y = found[0]
+        every.append(found[1 : 1 + len(given)])
+    states = (
+        every[0] if not last else tuple(torch.cat(column) for column in zip(*every, strict=True))
+    )
+    cells = found[1 + len(given)].to(y.dtype) if return_cells else None
     if turned:
         y = y.transpose(0, 1)
         cells = None if cells is None else cells.transpose(0, 1)
