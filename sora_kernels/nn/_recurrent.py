@@ -41,7 +41,7 @@ class Recurrent(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
         self.memory = memory
-        self._weight_shapes = [w.shape for w in self._flat_weights]
+        self._weight_shapes = [w.shape for w in self._weights()]
 
     @classmethod
     def from_torch(
@@ -176,7 +176,7 @@ class Recurrent(nn.RNNBase):
             states = tuple(s.index_select(1, back) for s in states)
         hidden = states if cell.has_c else states[0]
         result = PackedSequence(y, batch_sizes, order, back)
-        if not return_cells:
+        if cells is None:
             return result, hidden
         return result, hidden, PackedSequence(cells, batch_sizes, order, back)
 

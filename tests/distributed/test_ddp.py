@@ -21,16 +21,18 @@ pytestmark = pytest.mark.skipif(
 
 
 class Model(nn.Module):
-    """A convolution block and a recurrence: one operator of each kind."""
+    """A convolution block and a recurrence of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.block = sk.nn.ConvBNAct3d(3, 8, (1, 3, 3), padding=(0, 1, 1))
         self.lstm = sk.nn.LSTM(8, 6, batch_first=True)
+        self.gru = sk.nn.GRU(6, 5, batch_first=True, bidirectional=True)
+        self.rnn = sk.nn.RNN(10, 4, batch_first=True)
 
     def forward(self, clip):
         features = self.block(clip).mean((3, 4)).transpose(1, 2)
-        return self.lstm(features)[0][:, -1]
+        return self.rnn(self.gru(self.lstm(features)[0])[0])[0][:, -1]
 
 
 def _loss(model, clip):

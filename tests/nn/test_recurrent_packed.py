@@ -138,9 +138,7 @@ def test_not_with_lengths_or_reset(kind):
         ours(packed(), reset=torch.zeros(16, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(
-    "batch_sizes", ([3, 2, 2], [3, 3, 3], [2, 3, 1], [3, 4, -1]), ids=str
-)
+@pytest.mark.parametrize("batch_sizes", ([3, 2, 2], [3, 3, 3], [2, 3, 1], [3, 4, -1]), ids=str)
 def test_batch_sizes_that_do_not_fit_are_an_error(kind, batch_sizes):
     """A PackedSequence made by hand: six rows of data, none of these describes them."""
     ours, _ = kind.pair()
@@ -166,11 +164,18 @@ def test_chained_modules(kind):
     kind.assert_same(second(first(x)[0]), own_second(own_first(x)[0]))
 
 
-@pytest.mark.parametrize("sorted_by", ("caller", "torch", "caller with hx"))
-def test_compiles_into_one_graph(kind, sorted_by):
+@pytest.mark.parametrize(
+    "case, sorted_by",
+    [(("LSTM", {}), by) for by in ("caller", "torch", "caller, with hx")]
+    + [(("GRU", {"num_layers": 2}), "torch"), (("RNN_TANH", {}), "caller")],
+    indirect=["case"],
+    ids=str,
+)
+def test_compiles_into_one_graph(case, sorted_by):
     """B is a shape of sorted_indices or of hx; with neither it is read from batch_sizes."""
     torch._dynamo.reset()
-    ours, _ = kind.pair(num_layers=2)
+    kind, options = case
+    ours, _ = kind.pair(**options)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([5, 3, 1], [6, 4, 2, 2]):
         x = packed(lengths, enforce_sorted=sorted_by != "torch")
@@ -179,6 +184,4 @@ def test_compiles_into_one_graph(kind, sorted_by):
             found = compiled(x, hx)
         wanted = ours(x, hx)
         kind.assert_same(found, wanted)
-        kind.assert_same(
-            kind.gradients(ours, found, x.data), kind.gradients(ours, wanted, x.data)
-        )
+        kind.assert_same(kind.gradients(ours, found, x.data), kind.gradients(ours, wanted, x.data))
