@@ -13,7 +13,13 @@ from sora_models.layers import load, missing
 from sora_models.registry import model_class
 
 # Every model and config that both builds have today.
-PAIRS = [("crnn", {}), ("enhancer", {"cell": "pixel_lstm"}), ("enhancer", {"cell": "conv_lstm"})]
+PAIRS = [
+    ("crnn", {}),
+    ("crnn", {"cell": "rnn", "num_layers": 2}),
+    ("enhancer", {"cell": "pixel_lstm"}),
+    ("enhancer", {"cell": "pixel_gru"}),
+    ("enhancer", {"cell": "conv_lstm"}),
+]
 
 
 def pair(tiny, name, config):
@@ -32,7 +38,7 @@ def outputs(model, clip):
 BACKENDS = [
     "",
     pytest.param("conv3d_bn_act=hybrid", marks=pytest.mark.triton),
-    pytest.param("lstm=native", marks=pytest.mark.native),
+    pytest.param("lstm=native,gru=native,rnn=native", marks=pytest.mark.native),
     "torch",
 ]
 
@@ -91,12 +97,15 @@ def test_twenty_training_steps(tiny, name, config):
     assert not torch.equal(initial["cnn.0.conv.weight"], sora.state_dict()["cnn.0.conv.weight"])
 
 
-@pytest.mark.parametrize("b, t, h, w", [(1, 1, 7, 5), (1, 4, 1, 1), (3, 2, 5, 8)])
-def test_odd_clips(tiny, b, t, h, w):
-    plain, sora = (model.eval() for model in pair(tiny, "crnn", {}))
+@pytest.mark.parametrize("name, config", [p for p in PAIRS if p[1].get("cell") != "conv_lstm"])
+@pytest.mark.parametrize("b, t, h, w", [(1, 1, 7, 5), (1, 4, 1, 1), (3, 2, 5, 8), (0, 3, 4, 5)])
+def test_odd_clips(tiny, name, config, b, t, h, w):
+    plain, sora = (model.eval() for model in pair(tiny, name, config))
     clip = torch.rand(b, 3, t, h, w)
     with torch.no_grad():
-        assert_close(sora(clip), plain(clip), "composition_fp32")
+        found, wanted = outputs(sora, clip), outputs(plain, clip)
+        for key, value in found.items():
+            assert_close(value, wanted[key], "composition_fp32", name=key)
         assert_close(sora.features(clip), plain.features(clip), "composition_fp32")
 
 

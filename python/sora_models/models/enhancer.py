@@ -70,9 +70,9 @@ class PixelRecurrence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape
-        rows = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, t, c)
+        rows = x.permute(2, 0, 3, 4, 1).reshape(t, b * h * w, c)  # time first: no kernel turns it
         y = self.rnn(rows)[0]
-        return y.view(b, h, w, t, y.shape[-1]).permute(0, 4, 3, 1, 2)
+        return y.view(t, b, h, w, y.shape[-1]).permute(1, 4, 0, 2, 3)
 
 
 class ConvLSTM(nn.Module):
@@ -136,9 +136,7 @@ class Enhancer(SoraModel):
         width, hidden = config.channels[-1], config.hidden_size
         if config.cell in _PIXEL_CELLS:
             cell = getattr(layers, _PIXEL_CELLS[config.cell])
-            self.recurrence: nn.Module = PixelRecurrence(
-                cell(width, hidden, config.num_layers, batch_first=True)
-            )
+            self.recurrence: nn.Module = PixelRecurrence(cell(width, hidden, config.num_layers))
         else:
             self.recurrence = ConvLSTM(width, hidden)
         self.stack = nn.Sequential(
