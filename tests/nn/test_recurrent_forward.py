@@ -10,6 +10,8 @@ import torch
 import sora_kernels as sk
 from sora_kernels.testing import assert_close, assert_within_2x
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
+
 
 @pytest.mark.parametrize("given", (False, True), ids=("zeros", "hx"))
 @pytest.mark.parametrize("batched", (True, False), ids=("batched", "unbatched"))

@@ -34,6 +34,7 @@ class Embedded(Dataset):
         return torch.cat((y.detach().flatten(), gradient.flatten()))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_in_a_forked_worker_after_use_in_the_parent(kind, two_threads):
     module = kind.ours(16, 32, bidirectional=True, **kind.fixed)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import sora_kernels as sk
 from sora_kernels.testing import assert_close, assert_within_2x
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
 
 def inputs(T=5, B=3, batch_first=False, dtype=torch.float64):
     shape = (B, T, 4) if batch_first else (T, B, 4)
@@ -87,6 +89,14 @@ def test_export_with_dynamic_length_and_batch(kind, strict):
     for shape in ((2, 9, 4), (7, 3, 4)):
         x = torch.randn(shape)
         kind.assert_same(program.module()(x), ours(x), "composition_fp32")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_trace(kind):
+    ours = kind.ours(4, 6, 2, bidirectional=True, **kind.fixed).eval()
+    traced = torch.jit.trace(ours, (torch.randn(5, 3, 4),))
+    x = torch.randn(7, 2, 4)
+    kind.assert_same(traced(x), ours(x), "composition_fp32")
 
 
 def test_an_ensemble_by_vmap(kind):
