@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import LSTM, Cell
+from .cells import GRU, LSTM, Cell
 
 States = tuple[Tensor, ...] | None
 
@@ -43,13 +43,15 @@ class Sizes(NamedTuple):
 
 
 def casts(cell: Cell, x: Tensor, packed: bool = False) -> bool:
-    """Whether autocast, as it is now, casts this cell's arguments, as torch's own: everything on
-    CUDA, but nothing on the CPU besides LSTM on dense data. fp64 stays as it is.
+    """Whether autocast, as it is now, casts this cell's arguments. As in torch: all cells on CUDA; on
+    the CPU RNN, and LSTM on dense data. fp64 stays as it is.
     """
     if not torch._C._is_any_autocast_enabled() or x.is_meta or x.dtype == torch.float64:
         return False
     kind = x.device.type
-    return torch.is_autocast_enabled(kind) and (kind != "cpu" or (cell is LSTM and not packed))
+    if kind == "cpu" and (cell is GRU or (cell is LSTM and packed)):
+        return False
+    return torch.is_autocast_enabled(kind)
 
 
 def autocast(

@@ -273,7 +273,8 @@ def rnn(
         ValueError: an argument's shape, dtype, device or value is off.
         BackendError: the named backend cannot run this call; the message says why.
 
-    Sums are kept in fp32 (fp64 for fp64). Autocast and gradients: as :func:`gru`.
+    Sums are kept in fp32 (fp64 for fp64). Under autocast x, hx and weights are cast to its dtype.
+    Gradients: as :func:`gru`.
 
     Source: Elman (1990).
     """
