@@ -37,11 +37,15 @@ def layers(
     options = (bias, num_layers, dropout, training, bidirectional)
     if batch_sizes is not None:
         return run(x, batch_sizes, given, weights, *options)
-    if lengths is None:
+    if lengths is None or x.shape[1] == 0:
         return run(x, given, weights, *options, False)
     host = lengths.to("cpu", torch.int64)
-    # Packing refuses an empty row: it runs one step and is then put back.
-    packed = pack_padded_sequence(x, host.clamp(min=1), enforce_sorted=False)
+    live = None
+    if bool((host <= 0).any()):
+        # Packing refuses an empty row: it runs one step, on zeros, and is then put back.
+        live = (lengths > 0).to(x.device)[:, None]
+        x = torch.where(live, x, 0)
+    packed = pack_padded_sequence(x, host.clamp(1, x.shape[0]), enforce_sorted=False)
     order, back = packed.sorted_indices, packed.unsorted_indices
     assert order is not None and back is not None
     ordered = tuple(state.index_select(1, order) for state in hx)
@@ -52,8 +56,7 @@ def layers(
         PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0]
     )
     states = [state.index_select(1, back) for state in states]
-    if bool((host <= 0).any()):
-        live = (lengths > 0).to(x.device)[:, None]
+    if live is not None:
         y = torch.where(live, y, 0)
         states = [torch.where(live, s, first) for s, first in zip(states, hx, strict=True)]
     return (y, *states)
