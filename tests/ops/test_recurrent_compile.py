@@ -128,6 +128,24 @@ def test_compile_fullgraph_without_recompiling(recurrent, kind, ragged, options)
     assert len(graphs) == 2  # one forward, one backward
 
 
+def test_compile_dropout(recurrent):
+    """Between layers, in the same graph: the seed is drawn there, at every call."""
+    graphs, call = [], recurrent("gru", layers=2, H=32, dropout=0.5, training=True)
+    call.inputs |= {k: t.requires_grad_() for k, t in call.inputs.items()}
+
+    def step(inputs):
+        return call.call(inputs, backend="reference")[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend=counting_backend(graphs))
+    torch.manual_seed(3)
+    first, second = compiled(call.inputs), compiled(call.inputs)
+    torch.manual_seed(3)
+    assert_close(first, compiled(call.inputs), "composition_fp32")
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_compile_cells(recurrent, backend):
     call = recurrent("lstm", return_cells=True, reset=torch.rand(5, 3) < 0.4)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.dropout import dropout as drop
 from ..common.gradient import transformed
 from . import stock
 from .arguments import Sizes, States, autocast, validate
@@ -73,7 +73,7 @@ def run(
             own = [None if state is None else state[rows] for state in given]
             own_weights = weights[k * per_layer : (k + 1) * per_layer]
             if k and dropout and training:
-                y = F.dropout(y, dropout)
+                y = drop(y, dropout)
         with_cells = return_cells and k == last
         if recorded:
             call = layer.call_with_cells if with_cells else layer.call
