@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sora_kernels as sk
 from sora_kernels import _native
 from sora_kernels.nn.lstm import LSTM
 from sora_kernels.ops.lstm import lstm
@@ -59,6 +60,35 @@ def test_forward_and_gradients(shape, dtype):
     ours = run(inputs, "native", return_cells=True)
     for k, (a, b, t) in enumerate(zip(ours, plain, truth, strict=True)):
         assert_within_2x(a, b, t, name=f"result {k}")
+
+
+@pytest.mark.parametrize("function", (sk.gru, sk.rnn))
+@pytest.mark.parametrize("ragged", (False, True), ids=("dense", "lengths"))
+def test_gru_and_rnn_run_in_torch(function, ragged):
+    """No CUDA kernels of ours yet: torch's layer by default, the reference where that cannot reset."""
+    kind = torch.nn.GRU if function is sk.gru else torch.nn.RNN
+    module = kind(4, 6, bidirectional=True, device="cuda")
+    x = torch.randn(5, 3, 4, device="cuda", requires_grad=True)
+    weights = list(module.parameters())
+    lengths = torch.tensor([5, 0, 2], device="cuda") if ragged else None
+    assert sk.explain(function, x, None, weights, bidirectional=True).chosen == "torch"
+
+    def grads(dtype, **options):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights)]
+        y, h_n = function(
+            leaves[0], None, leaves[1:], bidirectional=True, lengths=lengths, **options
+        )
+        return [y, h_n, *torch.autograd.grad(y.sin().sum() + h_n.sum(), leaves)]
+
+    truth = grads(torch.float64, backend="reference")
+    plain = grads(torch.float32, backend="reference")
+    for options in ({}, {"memory": "recompute"}):
+        for a, b, t in zip(grads(torch.float32, **options), plain, truth, strict=True):
+            assert_within_2x(a, b, t)
+    reset = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
+    with_reset = grads(torch.float32, reset=reset)
+    for a, b, t in zip(with_reset, plain, truth, strict=True):
+        assert_within_2x(a, b, t)
 
 
 def test_bitwise_repeatable_and_every_output_written():
