@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from sora_kernels.testing import assert_within_2x
 
@@ -126,7 +127,7 @@ def module_call(
 
         return infer
     wanted = [p for p in model.parameters() if p.requires_grad]
-    wanted += [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    wanted += [t for t in map(_data, inputs) if t is not None and t.requires_grad]
 
     def train() -> Any:
         return torch.autograd.grad(outputs(model(*inputs)), wanted, grads)
@@ -141,6 +142,26 @@ def outputs(result: Any) -> list[Tensor]:
     return [result]
 
 
+def _data(value: Any) -> Tensor | None:
+    """What of an input can be differentiated: a tensor, or a PackedSequence's rows."""
+    value = value.data if isinstance(value, PackedSequence) else value
+    return value if isinstance(value, Tensor) else None
+
+
+def peak_bytes(case: Case, provider: str) -> int | None:
+    """GPU memory that one call holds at most, beyond its module and inputs; ``None`` on a CPU."""
+    if case.device != "cuda":
+        return None
+    call = case.makers[provider]()
+    call()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
+
+
 def evaluate(
     model: nn.Module, inputs: tuple[Any, ...], grads: tuple[Tensor, ...] | None
 ) -> dict[str, Tensor]:
@@ -149,8 +170,8 @@ def evaluate(
         with torch.no_grad():
             return {"output": outputs(model(*inputs))[0]}
     names = {f"d{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    for number, t in enumerate(inputs):
-        if isinstance(t, Tensor) and t.requires_grad:
+    for number, t in enumerate(map(_data, inputs)):
+        if t is not None and t.requires_grad:
             names[f"dinput{number}"] = t
     out = outputs(model(*inputs))
     found = torch.autograd.grad(out, list(names.values()), grads, allow_unused=True)

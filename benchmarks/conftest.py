@@ -115,6 +115,8 @@ def measured(benchmark: Any, pytestconfig: pytest.Config, providers: list[str]) 
         if not benchmark.enabled:
             benchmark(case.makers[provider]())
             return
+        if (peak := cases.peak_bytes(case, provider)) is not None:
+            benchmark.extra_info["peak_bytes"] = peak
         if case.group not in _MEASURED:
             _MEASURED[case.group] = cases.measure(case, pytestconfig.getoption("rounds"))
         found = _MEASURED[case.group]

@@ -54,4 +54,5 @@ def _tiny(shape: dict[str, Any]) -> dict[str, Any]:
             small["input"][0] = channels
     elif "time" in shape:
         small.update(time=min(shape["time"], 5), input=6, hidden=8)
+        small.update({k: min(shape[k], 2) for k in ("shortest", "projection") if k in shape})
     return small

@@ -1,25 +1,31 @@
-"""``nn.LSTM`` against ``sora_kernels.nn.LSTM``."""
+"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` against the modules of ``sora_kernels.nn``, packed sequences too."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import sora_kernels as sk
 
 from . import cases, shapes, timers
 
-LAYERS = sorted(shapes.load("lstm", "cuda"))
+MODULES: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+ROWS = {op: sorted(shapes.load(op, "cuda")) for op in MODULES}
+BF16 = [
+    (op, name) for op in MODULES for name, row in shapes.load(op, "cpu").items() if "bf16" in row
+]
 
 
 def build(
-    layer: str, mode: str, device: str, dtype_name: str, tiny: bool, providers: list[str]
+    op: str, layer: str, mode: str, device: str, dtype_name: str, tiny: bool, providers: list[str]
 ) -> cases.Case:
-    shape = shapes.load("lstm", device, tiny).get(layer)
+    shape = shapes.load(op, device, tiny).get(layer)
     if shape is None:
         pytest.skip("a GPU row")
     dtype, training = cases.DTYPES[dtype_name], mode == "train"
@@ -28,10 +34,14 @@ def build(
         "num_layers": shape.get("layers", 1),
         "bidirectional": shape.get("bidirectional", False),
     }
-    stock = nn.LSTM(shape["input"], shape["hidden"], **size).to(device, dtype).train(training)
-    x = torch.randn(shape["time"], shape["batch"], shape["input"], device=device).to(dtype)
+    if "projection" in shape:
+        size["proj_size"] = shape["projection"]
+    stock = MODULES[op](shape["input"], shape["hidden"], **size).to(device, dtype).train(training)
+    rows, batch_sizes = _rows(shape)
+    x = torch.randn(*rows, shape["input"], device=device).to(dtype)
     directions = 1 + size["bidirectional"]
-    dy = torch.randn(*x.shape[:2], directions * shape["hidden"], device=device).to(dtype)
+    width = directions * shape.get("projection", shape["hidden"])
+    dy = torch.randn(*rows, width, device=device).to(dtype)
 
     def module(provider: str) -> nn.Module:
         if provider in ("torch", "compile"):
@@ -39,12 +49,13 @@ def build(
             own.flatten_parameters()
             return own if provider == "torch" else torch.compile(own)
         backend = provider.partition(":")[2] or None
-        ours = sk.nn.LSTM(shape["input"], shape["hidden"], **size, backend=backend)
+        ours = getattr(sk.nn, op.upper())(shape["input"], shape["hidden"], **size, backend=backend)
         ours.to(device, dtype).load_state_dict(stock.state_dict())
         return ours.train(training)
 
-    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (x.to(dtype, copy=True).requires_grad_(training),)
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        own = x.to(dtype, copy=True).requires_grad_(training)
+        return (own if batch_sizes is None else PackedSequence(own, batch_sizes),)
 
     def grads(dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         return (dy.to(dtype),) if training else None
@@ -65,24 +76,53 @@ def build(
         return cases.compare(ours, plain, truth, kink=False)
 
     weights = sum(p.numel() for p in stock.parameters())
-    rows = shape["time"] * shape["batch"]
     products = sum(p.numel() for name, p in stock.named_parameters() if "weight" in name)
     passes = 3 if training else 1
     return cases.Case(
-        f"lstm/{layer}/{mode}/{device}/{dtype_name}",
+        f"{op}/{layer}/{mode}/{device}/{dtype_name}",
         device,
         dtype,
         {provider: functools.partial(call, provider) for provider in providers},
         check,
         # Forward: x, weights in, y out. Backward: dy, x, weights, y in, dx, dweights out.
         (x.numel() + weights + dy.numel()) * dtype.itemsize * passes,
-        2 * rows * products * passes,
-        {"op": "lstm", "layer": layer, "mode": mode, "device": device, "dtype": dtype_name,
+        2 * x.shape[:-1].numel() * products * passes,
+        {"op": op, "layer": layer, "mode": mode, "device": device, "dtype": dtype_name,
          "shape": shape},
     )  # fmt: skip
 
 
+def _rows(shape: dict[str, Any]) -> tuple[tuple[int, ...], Tensor | None]:
+    """Axes of x before the features: time and batch, or the rows of a PackedSequence and its batch sizes."""
+    time, batch = shape["time"], shape["batch"]
+    if "shortest" not in shape:
+        return (time, batch), None
+    lengths = torch.linspace(time, min(shape["shortest"], time), batch).round().long()
+    batch_sizes = pack_padded_sequence(torch.empty(time, batch), lengths).batch_sizes
+    return (int(lengths.sum()),), batch_sizes
+
+
 @pytest.mark.parametrize("mode", ["inference", "train"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ROWS["lstm"])
 def test_lstm(measured, provider, layer, mode, device, dtype, tiny):
-    measured(build, provider, layer, mode, device, dtype, tiny)
+    measured(build, provider, "lstm", layer, mode, device, dtype, tiny)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+@pytest.mark.parametrize("layer", ROWS["gru"])
+def test_gru(measured, provider, layer, mode, device, dtype, tiny):
+    measured(build, provider, "gru", layer, mode, device, dtype, tiny)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+@pytest.mark.parametrize("layer", ROWS["rnn"])
+def test_rnn(measured, provider, layer, mode, device, dtype, tiny):
+    measured(build, provider, "rnn", layer, mode, device, dtype, tiny)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+@pytest.mark.parametrize(("op", "layer"), BF16)
+def test_cpu_bf16(measured, pytestconfig, provider, op, layer, mode, tiny):
+    if pytestconfig.getoption("device") == "cuda":
+        pytest.skip("a CPU row")
+    measured(build, provider, op, layer, mode, "cpu", "bf16", tiny)
