@@ -20,7 +20,7 @@ from sora_kernels.ops.common.dropout import (
     philox4x32,
     reference,
 )
-from sora_kernels.testing import assert_close, poisoned, tolerance
+from sora_kernels.testing import assert_close, assert_within_2x, poisoned, tolerance
 
 OP = torch.ops.sora_kernels.dropout.default
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,12 +94,8 @@ def test_values_are_torchs(dtype):
     x[:4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
     y = dropout(x, 0.25)
     assert y.dtype == dtype
-    kept = y != 0
-    scaled = (x.to(torch.promote_types(dtype, torch.float32)) / 0.75).to(dtype)
-    finite = kept & torch.isfinite(x)
-    assert_close(
-        y[finite], scaled[finite], "composition_fp32" if dtype.itemsize > 2 else "floor_ulp_16bit"
-    )
+    kept = (y != 0) & torch.isfinite(x)
+    assert_within_2x(y[kept], (x / 0.75)[kept], x[kept].double() / 0.75)
     assert y[0].isnan() and not y[1:3].isfinite().any() and y[3] == 0
     assert OP(torch.tensor([math.inf, 1.0]), seed(), 1.0)[0].isnan()
     assert F.dropout(torch.tensor([math.inf]), 1.0).isnan()
@@ -157,9 +153,7 @@ def test_gradient_has_the_forward_mask(count, dtype):
     (dx,) = torch.autograd.grad(y, x, dy)
     assert dx.dtype == dtype and torch.equal(dx == 0, y == 0)
     kept = dx != 0
-    assert_close(
-        dx[kept], (dy / 0.7)[kept], "composition_fp32" if dtype.itemsize > 2 else "floor_ulp_16bit"
-    )
+    assert_within_2x(dx[kept], (dy / 0.7)[kept], dy[kept].double() / 0.7)
 
 
 def test_second_derivatives():
