@@ -14,16 +14,26 @@ def block(x):
     return sk.conv3d_bn_act(x, weight, None, None, *running)
 
 
-def recurrence(x):
-    w = [torch.ones(8, 3), torch.ones(8, 2), torch.zeros(8), torch.zeros(8)]
-    return sk.lstm(x, None, w, backend="reference")[0]
+def recurrence(function, rows):
+    def call(x):
+        w = [torch.ones(rows, 3), torch.ones(rows, 2), torch.zeros(rows), torch.zeros(rows)]
+        return function(x, None, w, backend="reference")[0]
+
+    return call
 
 
 CALLS = [
     pytest.param(
         block, torch.randn(1, 3, 2, 2, 2), "sora_kernels.conv3d_bn_act", id="conv3d_bn_act"
     ),
-    pytest.param(recurrence, torch.randn(2, 1, 3), "sora_kernels.lstm", id="lstm"),
+    *(
+        pytest.param(recurrence(function, rows), torch.randn(2, 1, 3), name, id=name[13:])
+        for function, rows, name in (
+            (sk.lstm, 8, "sora_kernels.lstm"),
+            (sk.gru, 6, "sora_kernels.gru"),
+            (sk.rnn, 2, "sora_kernels.rnn_tanh"),
+        )
+    ),
 ]
 
 
