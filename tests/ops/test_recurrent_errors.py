@@ -92,6 +92,18 @@ def test_bad_arguments_of_one_operator(recurrent):
         rnn(x, None, weights, nonlinearity="gelu")
 
 
+@pytest.mark.parametrize(
+    "batch_sizes", ([3, 2, 2], [2, 3, 1], [3, 4, -1], [6, 6], [3, 3, 0]), ids=str
+)
+@pytest.mark.parametrize("backend", (pytest.param("native", marks=NATIVE), "reference"))
+def test_bad_batch_sizes(recurrent, kind, backend, batch_sizes):
+    """Six rows, and sizes that do not describe them."""
+    call = recurrent(kind, T=2, packed=[2, 2, 2])
+    call.batch_sizes = torch.tensor(batch_sizes)
+    with pytest.raises((ValueError, RuntimeError), match="batch_sizes"):
+        call.call(backend=backend)
+
+
 def refused(call, backend, why, **options):
     """The named backend says why, and so does ``explain``."""
     operator = call.operator

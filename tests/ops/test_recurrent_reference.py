@@ -81,7 +81,7 @@ def test_packed_equals_lengths(recurrent, kind):
     lengths = [5, 4, 2]
     call = recurrent(kind, bidirectional=True, dtype=torch.float64)
     padded = call.call(lengths=torch.tensor(lengths), reset=RESET, backend="reference")
-    packing = reference.Packing(torch.tensor([3, 3, 2, 2, 1]), torch.device("cpu"))
+    packing = reference.Packing(torch.tensor([3, 3, 2, 2, 1]), torch.empty(11))
     packed = call.with_inputs(x=packing.take(call.inputs["x"]))
     packed.batch_sizes = torch.tensor([3, 3, 2, 2, 1])
     found = packed.call(reset=packing.take(RESET), backend="reference")

@@ -74,8 +74,14 @@ def split_weights(weights: Sequence[Tensor], bias: bool) -> list[Weights]:
 class Packing:
     """Between [N, ...], the rows of ``PackedSequence``, and [T, B, ...] with ``lengths``."""
 
-    def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
-        T, B = len(batch_sizes), int(batch_sizes[0])
+    def __init__(self, batch_sizes: Tensor, x: Tensor) -> None:
+        T, B, device = len(batch_sizes), int(batch_sizes[0]), x.device
+        sizes = batch_sizes.tolist()
+        if sum(sizes) != len(x) or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
+            raise ValueError(
+                f"batch_sizes: expected {len(x)} rows in steps of at least one, none larger than the "
+                f"one before, got {sizes}"
+            )
         starts, rows = batch_sizes.cumsum(0) - batch_sizes, torch.arange(B)
         live = rows < batch_sizes[:, None]
         step = torch.repeat_interleave(torch.arange(T), batch_sizes)
@@ -120,7 +126,7 @@ def layer(
         tapes: whether ``cells`` and ``gates`` are wanted.
     """
     if batch_sizes is not None:
-        packing = Packing(batch_sizes, x.device)
+        packing = Packing(batch_sizes, x)
         reset = None if reset is None else packing.pad(reset)
         padded = layer(
             cell, packing.pad(x), h0, c0, weights, None, packing.lengths, reset, bias, tapes
@@ -192,7 +198,7 @@ def layer_backward(
         again = layer(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias)
         cells, gates = again.cells, again.gates
     if batch_sizes is not None:
-        packing = Packing(batch_sizes, x.device)
+        packing = Packing(batch_sizes, x)
         x, y = packing.pad(x), packing.pad(y)
         dy, dcells, reset, cells = (
             None if t is None else packing.pad(t) for t in (dy, dcells, reset, cells)

@@ -44,7 +44,9 @@ def run(
     layer, recompute = LAYERS[cell.name], memory == "recompute"
     found: Any = ()
     recorded = True  # by autograd; also the way under compile and torch.func
-    if not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
+    if torch._C._get_tracing_state() is not None:
+        recorded = False  # a trace holds the op, under the name that was asked for
+    elif not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
         facts = facts_of(
             cell, x, hx, weights, batch_sizes, bidirectional, proj_size, lengths, reset,
             return_cells, memory, precision,
