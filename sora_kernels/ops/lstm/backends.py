@@ -36,21 +36,28 @@ class Facts(NamedTuple):
     precision: str
 
 
+_CPU = torch.device("cpu")
+
+
+def _on_cpu(facts: Facts) -> bool:
+    # The name of a device is a string made anew, half a microsecond each time.
+    return facts.device == _CPU or facts.device.type == "cpu"
+
+
 _HAS_CELLS = "cell" in inspect.signature(native.forward).parameters
 
 
 def _native_can_run(facts: Facts) -> Verdict:
     if not _HAS_CELLS:
         return no("the native kernels are being rewritten")
-    kind = facts.device.type
-    if kind == "cpu":
+    if _on_cpu(facts):
         if facts.dtype not in native.CPU_DTYPES:
             return no(
                 f"x is {facts.dtype} on the CPU; the native kernels take fp32, fp64 and bf16 there"
             )
         status = _native.status()
         return YES if status.ok else no(status.why)
-    if kind != "cuda":
+    if facts.device.type != "cuda":
         return no(f"x is on {facts.device}; the native kernels run on the CPU and on CUDA")
     if facts.cell != "lstm":
         return no(f"the cell is {facts.cell}; the native CUDA kernels are LSTM's alone")
@@ -103,7 +110,7 @@ _TORCH_FIRST = ("torch", "native", "reference")
 
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind each line."""
-    if facts.device.type != "cpu":
+    if not _on_cpu(facts):
         # cuDNN's loop over steps is never slower than ours, but it is not bitwise repeatable.
         return _NATIVE_FIRST if torch.are_deterministic_algorithms_enabled() else _TORCH_FIRST
     start = _TORCH_FROM.get(facts.cell, {}).get(facts.dtype)

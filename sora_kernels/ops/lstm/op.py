@@ -82,23 +82,27 @@ class Layer:
         """Registers an op whose ``impl`` takes and gives everything that any cell has."""
         has = [entry.split()[1] not in self.lacks for entry in inputs.split(", ")]
         gives = [entry.split()[1] not in self.lacks for entry in results.split(", ")]
-        position = itertools.count()
-        # The last of what this picks from is None, for every argument that the cell has not.
-        widen = itemgetter(*(next(position) if here else -1 for here in has))
         narrow = itemgetter(*(k for k, here in enumerate(gives) if here))
-        fake = self._backward_fake if impl == self._backward else self._forward_fake
 
-        def run(*args: Any) -> Any:
-            return narrow(impl(*widen((*args, None))))
+        def given_all(function: Any) -> Any:
+            if all(has):
+                return function
+            position = itertools.count()
+            # The last of what this picks from is None, for every argument that the cell has not.
+            pick = itemgetter(*(next(position) if here else -1 for here in has))
+            return lambda *args: function(*pick((*args, None)))
 
-        def run_fake(*args: Any) -> Any:
-            return narrow(fake(*widen((*args, None))))
-
+        run = given_all(impl)
+        fake = given_all(self._backward_fake if impl == self._backward else self._forward_fake)
         texts = (
             ", ".join(itertools.compress(text.split(", "), kept))
             for text, kept in ((inputs, has), (results, gives))
         )
-        return register("{}({}) -> ({})".format(name, *texts), run, run_fake)
+        return register(
+            "{}({}) -> ({})".format(name, *texts),
+            lambda *args: narrow(run(*args)),
+            lambda *args: narrow(fake(*args)),
+        )
 
     def _select(
         self, backend: str, tapes: bool, grad: bool, x: Tensor, h0: Tensor | None,
