@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.lstm import stack
 from ..ops.lstm.arguments import States, autocast, operator_of, validate
+from ..ops.lstm.backends import OPERATORS
 from ..ops.lstm.cells import CELLS, Cell
-from ..ops.lstm.op import OPERATORS
 
 _CELLS = {name.upper(): cell for name, cell in CELLS.items()}  # by nn.RNNBase.mode
 
@@ -289,15 +289,13 @@ def _batch_of_graph(order: Tensor | None, states: States) -> int | None:
 def _autocast(
     cell: Cell, x: Tensor, states: States, weights: Any, packed: bool
 ) -> tuple[Tensor, States, Any]:
-    """Torch's casts. On the CPU its LSTM of dense input and its RNN come out in autocast's dtype; GRU
-    and packed LSTM, where it casts single products, in that of the states.
+    """Torch's casts. On the CPU it casts single products of GRU and of packed LSTM, which come out in
+    the dtype of the states.
     """
     x, states, weights = autocast(cell, x, states, weights, packed)
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
         return x, states, weights
     dtype = (x if states is None else states[0]).dtype
-    if cell.gates == 1:
-        dtype = torch.get_autocast_dtype("cpu")
     states = None if states is None else tuple(s.to(dtype) for s in states)
     return x.to(dtype), states, [w.to(dtype) for w in weights]
 
