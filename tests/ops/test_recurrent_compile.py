@@ -9,6 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sora_kernels import BackendError
 from sora_kernels.ops.lstm import stack
+from sora_kernels.ops.lstm.cells import CELLS
 from sora_kernels.testing import assert_close
 
 NATIVE = pytest.param("native", marks=pytest.mark.native)
@@ -96,13 +97,13 @@ def counting_backend(counted):
     return aot_autograd(fw_compiler=count)
 
 
-COMPILED = {
-    "two_layers": (False, {"layers": 2}),
-    "lengths_recompute": (True, {"bidirectional": True, "memory": "recompute"}),
-}
+COMPILED = [
+    *((kind, False, {"layers": 2}) for kind in ("lstm", "gru")),
+    *((kind, True, {"bidirectional": True, "memory": "recompute"}) for kind in CELLS),
+]
 
 
-@pytest.mark.parametrize(("ragged", "options"), COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(("kind", "ragged", "options"), COMPILED)
 def test_compile_fullgraph_without_recompiling(recurrent, kind, ragged, options):
     graphs = []
     call = recurrent(kind, **options)
@@ -162,6 +163,7 @@ def test_compile_cells(recurrent, backend):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("kind", ("lstm", "rnn_tanh"))
 def test_compile_inductor(recurrent, kind):
     call = recurrent(kind)
     compiled = torch.compile(call.call, fullgraph=True)
