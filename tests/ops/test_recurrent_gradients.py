@@ -43,10 +43,15 @@ def check_gradients(call, backend):
     assert torch.autograd.gradgradcheck(function, leaves, atol=GRADCHECK, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.native
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-def test_gradcheck(recurrent, kind, case, backend):
-    check_gradients(recurrent(kind, dtype=torch.float64, **case), backend)
+def test_gradcheck(recurrent, kind, case):
+    check_gradients(recurrent(kind, dtype=torch.float64, **case), "native")
+
+
+def test_gradcheck_of_the_reference(recurrent, kind):
+    """Its handwritten backward equals autograd in test_recurrent_reference.py, case by case."""
+    check_gradients(recurrent(kind, dtype=torch.float64, **SMALL["both"]), "reference")
 
 
 @pytest.mark.parametrize("backend", KERNELS)
