@@ -90,20 +90,41 @@ def _torch_can_run(facts: Facts) -> Verdict:
     return YES
 
 
-class _TorchFrom(NamedTuple):
-    """Where oneDNN's blocked GEMM has enough rows to win on the CPU, even rows only."""
+class _Region(NamedTuple):
+    """CPU calls of at least so many rows, units and steps; of both kinds where a flag is None."""
 
-    batch: int
-    batch_grad: int
-    hidden_size: int
+    batch: int = 0
+    hidden_size: int = 0
+    steps: int = 0
+    grad: bool | None = None
+    ragged: bool | None = False
+
+    def holds(self, facts: Facts) -> bool:
+        return (
+            facts.batch >= self.batch
+            and facts.hidden_size >= self.hidden_size
+            and facts.steps >= self.steps
+            and (self.grad is None or facts.grad == self.grad)
+            and (self.ragged is None or facts.ragged == self.ragged)
+        )
 
 
-_TORCH_FROM = {
+# Where torch is faster on the CPU: oneDNN's blocked GEMM with enough rows to fill it. It takes LSTM
+# on even rows alone; all else runs step by step there.
+_TORCH_FASTER: dict[str, dict[torch.dtype, tuple[_Region, ...]]] = {
     "lstm": {
-        torch.float32: _TorchFrom(batch=9, batch_grad=17, hidden_size=33),
-        torch.bfloat16: _TorchFrom(batch=0, batch_grad=0, hidden_size=0),
+        torch.float32: (
+            _Region(batch=9, hidden_size=33, grad=False),
+            _Region(batch=17, hidden_size=33, grad=True),
+        ),
     },
+    "gru": {},
+    "rnn_tanh": {},
+    "rnn_relu": {},
 }
+if torch.cpu._is_avx512_bf16_supported():  # oneDNN has dot products of bf16 there, we have not
+    _TORCH_FASTER["lstm"][torch.bfloat16] = (_Region(),)
+
 _NATIVE_FIRST = ("native", "torch", "reference")
 _TORCH_FIRST = ("torch", "native", "reference")
 
@@ -113,17 +134,12 @@ def _prefer(facts: Facts) -> tuple[str, ...]:
     if not _on_cpu(facts):
         # cuDNN's loop over steps is never slower than ours, but it is not bitwise repeatable.
         return _NATIVE_FIRST if torch.are_deterministic_algorithms_enabled() else _TORCH_FIRST
-    start = _TORCH_FROM.get(facts.cell, {}).get(facts.dtype)
-    if start is None or facts.ragged or facts.proj_size:
-        return _NATIVE_FIRST  # torch runs those step by step
-    rows = start.batch_grad if facts.grad else start.batch
-    if facts.batch < rows or facts.hidden_size < start.hidden_size:
-        return _NATIVE_FIRST
-    if facts.recompute and facts.grad:
-        return _NATIVE_FIRST  # torch would run the whole layer again
-    if facts.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
-        return _NATIVE_FIRST  # neither has dot products of bf16
-    return _TORCH_FIRST
+    for region in _TORCH_FASTER[facts.cell].get(facts.dtype, ()):
+        if region.holds(facts):
+            # Torch has no projections in oneDNN, and to recompute runs the whole layer again.
+            again = facts.recompute and facts.grad
+            return _NATIVE_FIRST if facts.proj_size or again else _TORCH_FIRST
+    return _NATIVE_FIRST
 
 
 class _Reference:
@@ -194,9 +210,9 @@ def _operator(name: str) -> Operator:
         )  # fmt: skip
 
     backends = [
-        Backend("native", _native_can_run, native, floor_bytes=_floor_bytes),
-        Backend("torch", _torch_can_run, stock, floor_bytes=_floor_bytes),
-        Backend("reference", lambda facts: YES, _Reference),
+        Backend("native", _native_can_run, _IMPLS["native"], floor_bytes=_floor_bytes),
+        Backend("torch", _torch_can_run, _IMPLS["torch"], floor_bytes=_floor_bytes),
+        Backend("reference", lambda facts: YES, _IMPLS["reference"]),
     ]
     return Operator(name, backends, prefer=_prefer, facts=facts)
 

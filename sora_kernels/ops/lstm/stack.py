@@ -137,9 +137,8 @@ def lstm(
         reset: bool, shaped as x's first two axes: a new sequence starts at a true entry. The state
             is cleared before that step (in the reverse direction: before the step ahead of it).
         return_cells: also return the last layer's cell state at every step, differentiable.
-        memory: "save" keeps gates and cell states for backward; "recompute" makes them again there,
-            from x and y: backward is slower by about a third of forward, and a training step holds
-            9 H values less a row and step.
+        memory: "save" keeps gates and cell states for backward, 5 H values a row, step and
+            direction; "recompute" makes them again there, from x and y.
         precision: of fp32 matrix products on CUDA: "tf32", "ieee", or None for torch's flags.
         backend: "native", "torch", "reference", or None for the fastest that can run.
 
@@ -210,8 +209,8 @@ def gru(
             is that of the row's last step, and the reverse direction starts at it.
         reset: bool, shaped as x's first two axes: a new sequence starts at a true entry. The state
             is cleared before that step (in the reverse direction: before the step ahead of it).
-        memory: "save" keeps the gates for backward; "recompute" makes them again there, from x and
-            y.
+        memory: "save" keeps the gates for backward, 4 H values a row, step and direction;
+            "recompute" makes them again there, from x and y.
         precision: of fp32 matrix products on CUDA: "tf32", "ieee", or None for torch's flags.
         backend: "native", "torch", "reference", or None for the fastest that can run.
 
