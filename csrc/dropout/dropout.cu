@@ -24,6 +24,12 @@ struct StateOf<double> {
   using type = double;
 };
 
+// The elements of one counter, as one or two accesses to memory.
+template <class Element>
+struct alignas(sizeof(Element) < 4 ? 8 : 16) Four {
+  Element at[4];
+};
+
 template <class Element>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(Dropout a, DropoutFactor factor) {
   using State = typename StateOf<Element>::type;
@@ -32,13 +38,19 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(Dropout a, DropoutFac
   const auto seed = static_cast<uint64_t>(*a.seed);
   const State scale = State(factor.scale);
   const int64_t counters = (a.count + 3) / 4, step = int64_t(gridDim.x) * kThreads;
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % alignof(Four<Element>) == 0;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < counters; at += step) {
     uint64_t words[4] = {uint64_t(at), uint64_t(at) >> 32, 0, 0};
     philox4x32_10(words, seed, WideProduct{});
-    for (int k = 0; k < 4; ++k) {
-      const int64_t e = 4 * at + k;
-      if (e >= a.count) return;
-      y[e] = Element(State(x[e]) * (uint32_t(words[k]) < factor.threshold ? State(0) : scale));
+    const auto dropped = [&](Element value, int k) {
+      return Element(State(value) * (uint32_t(words[k]) < factor.threshold ? State(0) : scale));
+    };
+    if (aligned && 4 * at + 4 <= a.count) {
+      Four<Element> four = reinterpret_cast<const Four<Element>*>(x)[at];
+      for (int k = 0; k < 4; ++k) four.at[k] = dropped(four.at[k], k);
+      reinterpret_cast<Four<Element>*>(y)[at] = four;
+    } else {
+      for (int k = 0; k < 4 && 4 * at + k < a.count; ++k) y[4 * at + k] = dropped(x[4 * at + k], k);
     }
   }
 }

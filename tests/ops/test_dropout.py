@@ -66,7 +66,7 @@ def test_first_words_decide():
 def test_kernel_and_reference_have_the_same_bits(dtype):
     for count in (0, 1, 3, 4, 31, 32, 33, 255, 257, 70_001):
         for p in (0.0, 1e-12, 0.1, 0.5, 1 - 2**-32, 1 - 2**-40, 1.0):
-            x = torch.randn(count).to(dtype)
+            x = torch.randn(count + 1).to(dtype)[1:]  # aligned to an element alone
             own = torch.randint(-(2**63), 2**63 - 1, ())
             with poisoned():
                 y = OP(x, own, p)
@@ -285,9 +285,10 @@ def test_meta_and_fake():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_has_the_same_bits(dtype):
     for count in (0, 1, 5, 70_001):
-        x, own = torch.randn(count).to(dtype), seed()
-        y = OP(x.cuda(), own.cuda(), 0.3)
-        assert torch.equal(bits(y.cpu()), bits(reference(x, own, 0.3)))
+        for first in (0, 1):
+            x, own = torch.randn(count + first).to(dtype), seed()
+            y = OP(x.cuda()[first:], own.cuda(), 0.3)
+            assert torch.equal(bits(y.cpu()), bits(reference(x[first:], own, 0.3)))
 
 
 @pytest.mark.gpu
