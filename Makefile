@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py sora_kernels/_version.py sora_kernels/_native.py \
 	$(shell find csrc \( -name emu -o -name __pycache__ \) -prune -o -type f -print)
 
-.PHONY: demo test bench audit lint install clean
+.PHONY: demo test bench audit fuzz sanitize lint install clean
 
 demo: install
 	$(BIN)/sora demo
@@ -23,6 +23,13 @@ bench: install
 
 audit: install
 	$(BIN)/python -m sora_kernels.audit
+
+fuzz: install
+	SORA_FUZZ=0:1999 $(BIN)/pytest -q tests/fuzz
+
+sanitize: install
+	$(BIN)/python tests/native/sanitize/run.py --last 999
+	$(BIN)/python tests/native/sanitize/run.py --last 999 --kind thread
 
 install: $(VENV)/.installed
 

@@ -26,40 +26,47 @@ def dropout(
 def lstm_cpu_isa() -> str: ...
 def lstm_forward_cpu(
     dtype: int,
-    T: int,
-    B: int,
-    H: int,
-    D: int,
-    gates: int,
-    w_hh: int,
-    w_hh_reverse: int,
+    shape: tuple[int, ...],
+    input: int,
+    input_stride: int,
+    weights: tuple[int, ...],
     h0: int,
     c0: int,
+    gates: int,
     y: int,
     cells: int,
     h_n: int,
     c_n: int,
     threads: int,
-) -> None: ...
+) -> None:
+    """``shape``: LstmShape's nine, ``weights``: w_hh, b_ih, b_hh, w_hr, both directions of each."""
+
 def lstm_backward_cpu(
     dtype: int,
-    T: int,
-    B: int,
-    H: int,
-    D: int,
+    shape: tuple[int, ...],
     gates: int,
     cells: int,
-    w_hh: int,
-    w_hh_reverse: int,
+    y: int,
+    weights: tuple[int, ...],
+    h0: int,
     c0: int,
     dy: int,
     dcells: int,
     dh_n: int,
     dc_n: int,
     dgates: int,
+    dh: int,
     dh0: int,
     dc0: int,
     threads: int,
+) -> None: ...
+def lstm_previous_states_cpu(
+    element_bytes: int,
+    shape: tuple[int, ...],
+    direction: int,
+    y: int,
+    h0: int,
+    h_prev: int,
 ) -> None: ...
 def lstm_cell_forward(
     dtype: int,

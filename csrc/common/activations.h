@@ -13,18 +13,21 @@
 
 namespace sora {
 
-// Scalar: what one lane of V holds. Bits: V's shape, of unsigned integers of the same width.
+// Scalar: what one lane of V holds. Bits: V's shape, of unsigned integers of the same width. quotient(a, b): a / b for
+// normal b and |a| <= |b|.
 template <class V>
 struct Lanes;
 template <>
 struct Lanes<float> {
   using Scalar = float;
   using Bits = uint32_t;
+  static SORA_HOST_DEVICE float quotient(float a, float b) { return a / b; }
 };
 template <>
 struct Lanes<double> {
   using Scalar = double;
   using Bits = uint64_t;
+  static SORA_HOST_DEVICE double quotient(double a, double b) { return a / b; }
 };
 
 template <class To, class From>
@@ -98,14 +101,14 @@ SORA_HOST_DEVICE V expm1_clamped(V x) {
 template <class V>
 SORA_HOST_DEVICE V sigmoid(V x) {
   using Scalar = typename Lanes<V>::Scalar;
-  return Scalar(1) / (Scalar(2) + expm1_clamped(-x));
+  return Lanes<V>::quotient(V{} + Scalar(1), Scalar(2) + expm1_clamped(-x));
 }
 
 template <class V>
 SORA_HOST_DEVICE V tanh(V x) {
   using Scalar = typename Lanes<V>::Scalar;
   const V e = expm1_clamped(x + x);
-  return e / (e + Scalar(2));
+  return Lanes<V>::quotient(e, e + Scalar(2));
 }
 
 }  // namespace sora

@@ -6,6 +6,11 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
+
+#if SORA_VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
 
 #include "activations.h"
 
@@ -80,17 +85,54 @@ inline __attribute__((always_inline)) void store_n(Element* p, int64_t n, typena
   __builtin_memcpy(p, lanes, n * sizeof(Element));
 }
 
+// low: a0 b0 a1 b1 ... of the first halves; high: of the second.
+template <class V, int... I>
+inline __attribute__((always_inline)) void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+#if !defined(__clang__) && __GNUC__ < 12
+  ((low[I] = (I % 2 ? b : a)[I / 2], high[I] = (I % 2 ? b : a)[n / 2 + I / 2]), ...);
+#else
+  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
+  high = __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+#endif
+}
+
+// Turns rows into columns: as many vectors as a vector has lanes.
+template <class State>
+inline __attribute__((always_inline)) void transpose(typename Simd<State>::V (&rows)[Simd<State>::lanes]) {
+  using V = typename Simd<State>::V;
+  constexpr int n = Simd<State>::lanes;
+  for (int stage = 1; stage < n; stage *= 2) {
+    V next[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i)
+      interleave(rows[i], rows[i + n / 2], next[2 * i], next[2 * i + 1], std::make_integer_sequence<int, n>());
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
 }  // namespace SORA_ISA
 
 template <>
 struct Lanes<SORA_ISA::VecF> {
   using Scalar = float;
   using Bits = SORA_ISA::VecU32;
+  static SORA_HOST_DEVICE SORA_ISA::VecF quotient(SORA_ISA::VecF a, SORA_ISA::VecF b) {
+#if SORA_VECTOR_BYTES == 64
+    // A division keeps its port busy for 16 cycles; 14 bits, doubled twice, are as good to the last bit or two.
+    const SORA_ISA::VecF r = _mm512_maskz_rcp14_ps(0xffff, b), nearer = r + r * (1.0f - b * r), q = a * nearer;
+    return q + nearer * (a - b * q);
+#else
+    return a / b;
+#endif
+  }
 };
 template <>
 struct Lanes<SORA_ISA::VecD> {
   using Scalar = double;
   using Bits = SORA_ISA::VecU64;
+  static SORA_HOST_DEVICE SORA_ISA::VecD quotient(SORA_ISA::VecD a, SORA_ISA::VecD b) { return a / b; }
 };
 
 }  // namespace sora

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "dropout_kernels.h"
 

@@ -3,7 +3,10 @@
 // What other translation units share comes before the instruction set is switched on.
 #include <immintrin.h>
 
+#include <immintrin.h>
+
 #include <type_traits>
+#include <utility>
 
 #include "dropout_kernels.h"
 

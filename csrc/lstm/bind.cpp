@@ -1,6 +1,8 @@
 // Python sees ints: data_ptr() values, sizes, a dtype code, a stream handle. 0 is the null pointer.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "lstm.h"
@@ -12,6 +14,24 @@ namespace py = pybind11;
 using Address = std::uintptr_t;
 
 void* ptr(Address address) { return reinterpret_cast<void*>(address); }
+
+// cell, T, B, H, P, D, then the addresses of batch_sizes, order, reset: as LstmShape.
+using Shape = std::array<int64_t, 9>;
+// w_hh, b_ih, b_hh, w_hr: of the forward direction and then the reverse one.
+using Weights = std::array<Address, 8>;
+
+LstmShape shape_of(const Shape& s) {
+  const auto [cell, T, B, H, P, D, batch_sizes, order, reset] = s;
+  return {static_cast<Cell>(cell),
+          T,
+          B,
+          H,
+          P,
+          static_cast<int>(D),
+          reinterpret_cast<const int64_t*>(batch_sizes),
+          reinterpret_cast<const int64_t*>(order),
+          reinterpret_cast<const uint8_t*>(reset)};
+}
 
 void check(int code, const char* function) {
   if (code != kLstmOk) throw std::runtime_error(std::string(function) + ": " + lstm_error(code));
@@ -25,27 +45,64 @@ void init_lstm(py::module_& m) {
 
   m.def(
       "lstm_forward_cpu",
-      [](int dtype, int64_t T, int64_t B, int64_t H, int D, Address gates, Address w_hh, Address w_hh_reverse,
-         Address h0, Address c0, Address y, Address cells, Address h_n, Address c_n, int threads) {
-        const LstmForward args{T,       B,       H,      D,          ptr(gates), {ptr(w_hh), ptr(w_hh_reverse)},
-                               ptr(h0), ptr(c0), ptr(y), ptr(cells), ptr(h_n),   ptr(c_n)};
+      [](int dtype, const Shape& shape, Address input, int64_t input_stride, const Weights& weights, Address h0,
+         Address c0, Address gates, Address y, Address cells, Address h_n, Address c_n, int threads) {
+        const auto [w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, w_hr, w_hr_reverse] = weights;
+        const LstmForward args{shape_of(shape),
+                               ptr(input),
+                               input_stride,
+                               {ptr(b_ih), ptr(b_ih_reverse)},
+                               {ptr(b_hh), ptr(b_hh_reverse)},
+                               {ptr(w_hh), ptr(w_hh_reverse)},
+                               {ptr(w_hr), ptr(w_hr_reverse)},
+                               ptr(h0),
+                               ptr(c0),
+                               ptr(gates),
+                               ptr(y),
+                               ptr(cells),
+                               ptr(h_n),
+                               ptr(c_n)};
+        const py::gil_scoped_release nogil;
         check(lstm_forward_cpu(static_cast<DType>(dtype), args, threads), "lstm_forward_cpu");
       },
-      "dtype"_a, "T"_a, "B"_a, "H"_a, "D"_a, "gates"_a, "w_hh"_a, "w_hh_reverse"_a, "h0"_a, "c0"_a, "y"_a, "cells"_a,
-      "h_n"_a, "c_n"_a, "threads"_a, nogil);
+      "dtype"_a, "shape"_a, "input"_a, "input_stride"_a, "weights"_a, "h0"_a, "c0"_a, "gates"_a, "y"_a, "cells"_a,
+      "h_n"_a, "c_n"_a, "threads"_a);
 
   m.def(
       "lstm_backward_cpu",
-      [](int dtype, int64_t T, int64_t B, int64_t H, int D, Address gates, Address cells, Address w_hh,
-         Address w_hh_reverse, Address c0, Address dy, Address dcells, Address dh_n, Address dc_n, Address dgates,
-         Address dh0, Address dc0, int threads) {
-        const LstmBackward args{T,           B,         H,         D,           ptr(gates), ptr(cells),
-                                {ptr(w_hh), ptr(w_hh_reverse)},    ptr(c0),     ptr(dy),    ptr(dcells),
-                                ptr(dh_n),   ptr(dc_n), ptr(dgates), ptr(dh0),  ptr(dc0)};
+      [](int dtype, const Shape& shape, Address gates, Address cells, Address y, const Weights& weights, Address h0,
+         Address c0, Address dy, Address dcells, Address dh_n, Address dc_n, Address dgates, Address dh, Address dh0,
+         Address dc0, int threads) {
+        const LstmBackward args{shape_of(shape),
+                                ptr(gates),
+                                ptr(cells),
+                                ptr(y),
+                                {ptr(weights[0]), ptr(weights[1])},
+                                {ptr(weights[6]), ptr(weights[7])},
+                                ptr(h0),
+                                ptr(c0),
+                                ptr(dy),
+                                ptr(dcells),
+                                ptr(dh_n),
+                                ptr(dc_n),
+                                ptr(dgates),
+                                ptr(dh),
+                                ptr(dh0),
+                                ptr(dc0)};
+        const py::gil_scoped_release nogil;
         check(lstm_backward_cpu(static_cast<DType>(dtype), args, threads), "lstm_backward_cpu");
       },
-      "dtype"_a, "T"_a, "B"_a, "H"_a, "D"_a, "gates"_a, "cells"_a, "w_hh"_a, "w_hh_reverse"_a, "c0"_a, "dy"_a,
-      "dcells"_a, "dh_n"_a, "dc_n"_a, "dgates"_a, "dh0"_a, "dc0"_a, "threads"_a, nogil);
+      "dtype"_a, "shape"_a, "gates"_a, "cells"_a, "y"_a, "weights"_a, "h0"_a, "c0"_a, "dy"_a, "dcells"_a, "dh_n"_a,
+      "dc_n"_a, "dgates"_a, "dh"_a, "dh0"_a, "dc0"_a, "threads"_a);
+
+  m.def(
+      "lstm_previous_states_cpu",
+      [](int64_t element_bytes, const Shape& shape, int direction, Address y, Address h0, Address h_prev) {
+        const LstmShape s = shape_of(shape);
+        const py::gil_scoped_release nogil;
+        lstm_previous_states_cpu(element_bytes, s, direction, ptr(y), ptr(h0), ptr(h_prev));
+      },
+      "element_bytes"_a, "shape"_a, "direction"_a, "y"_a, "h0"_a, "h_prev"_a);
 
   m.def("lstm_cpu_isa", &lstm_cpu_isa);
 

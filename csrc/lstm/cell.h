@@ -1,6 +1,6 @@
-// The LSTM cell, forward and backward: the one place where its formulas stand. Included by the CPU kernels (V = a
-// vector of hidden units) and by the CUDA kernel (V = float or double), so that what the CPU tests check is what the
-// GPU runs.
+// The recurrent cells, forward and backward: the one place where their formulas stand. Included by the CPU kernels
+// (V = a vector of hidden units) and by the CUDA kernels (V = float or double), so that what the CPU tests check is
+// what the GPU runs.
 #pragma once
 
 #include "../common/activations.h"
@@ -39,6 +39,52 @@ SORA_HOST_DEVICE LstmGates<V> lstm_cell_backward(const LstmGates<V>& gates, V c_
   d.o = dh * tanh_c * gates.o * (one - gates.o);
   dc = dc_total * gates.f;
   return d;
+}
+
+// q: the new gate's part from h, W_hn h + b_hn, which r scales.
+template <class V>
+struct GruGates {
+  V r, z, n, q;
+};
+
+// r, z: before -> after activation; n: part from x -> after activation. Returns h.
+template <class V>
+SORA_HOST_DEVICE V gru_cell(GruGates<V>& gates, V h_prev) {
+  gates.r = sigmoid(gates.r);
+  gates.z = sigmoid(gates.z);
+  gates.n = tanh(gates.n + gates.r * gates.q);
+  return gates.n + gates.z * (h_prev - gates.n);
+}
+
+// gates: as gru_cell left them. dh: dL/dh(t), whole -> its part that goes straight to h(t-1).
+// Returns the gradient of r, z, n before activation, and of q.
+template <class V>
+SORA_HOST_DEVICE GruGates<V> gru_cell_backward(const GruGates<V>& gates, V h_prev, V& dh) {
+  using Scalar = typename Lanes<V>::Scalar;
+  const Scalar one(1);
+  GruGates<V> d;
+  d.n = dh * (one - gates.z) * (one - gates.n * gates.n);
+  d.z = dh * (h_prev - gates.n) * gates.z * (one - gates.z);
+  d.r = d.n * gates.q * gates.r * (one - gates.r);
+  d.q = d.n * gates.r;
+  dh = dh * gates.z;
+  return d;
+}
+
+template <class V>
+SORA_HOST_DEVICE V relu(V x) {
+  return x < V{} ? V{} : x;  // NaN stays
+}
+
+// h: after activation. Returns the gradient before it.
+template <class V>
+SORA_HOST_DEVICE V tanh_backward(V h, V dh) {
+  using Scalar = typename Lanes<V>::Scalar;
+  return dh * (Scalar(1) - h * h);
+}
+template <class V>
+SORA_HOST_DEVICE V relu_backward(V h, V dh) {
+  return h <= V{} ? V{} : dh;
 }
 
 }  // namespace sora

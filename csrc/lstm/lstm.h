@@ -1,18 +1,19 @@
-// One LSTM layer: the recurrent part, forward and backward.
+// One recurrent layer (LSTM, GRU, plain RNN), forward and backward: the chain over time.
 //
-// Everything that is parallel over time (x W_ih^T + b, dx, dW, db) is a matrix product that the caller makes with its
-// own GEMM. What is left, and lives here, is the chain over time:
+// Everything that is parallel over time (x W_ih^T, dx, dW, db) is a matrix product that the caller makes with its own
+// GEMM. What is left, and lives here, is, with a = x W_ih^T + b_ih and u = W_hh h(t-1) + b_hh:
 //
-//     [i f g o](t) = input part(t) + W_hh h(t-1)      i, f, o -> sigmoid, g -> tanh
-//     c(t) = f c(t-1) + i g
-//     h(t) = o tanh(c(t))
+//     LSTM   i, f, o = sigmoid(a + u), g = tanh(a + u);  c(t) = f c(t-1) + i g;  h(t) = W_hr (o tanh(c(t)))
+//     GRU    r, z = sigmoid(a + u), q = u_n, n = tanh(a_n + r q);  h(t) = n + z (h(t-1) - n)
+//     RNN    h(t) = tanh(a + u) or relu(a + u)
 //
 // Conventions, for every function of this file:
 //   * T steps, B rows (batch), H hidden units, D directions (1, or 2 = forward in time, then backward in time).
-//   * Gate order i, f, g, o; a gate row is [4H] = [i(H) f(H) g(H) o(H)], as in torch.nn.LSTM.
+//   * O is the size of h: P for an LSTM with a projection (W_hr [P, H]), else H, and then there is no W_hr.
+//   * Gate order as in torch: LSTM i, f, g, o; GRU r, z, n. G = 4, 3, 1 gates: W_hh is [G*H, O], gate by gate.
 //   * Arrays are dense and row-major in the shape given, last axis fastest, unless a row stride is named.
-//   * "element" is the type given by DType. "state" is the type of cell states and of every sum: float64 for float64,
-//     float32 for the other three.
+//   * "element" is the type given by DType. "state" is the type of c, of gate arithmetic and of every sum: float64 for
+//     float64, float32 for the others. h is rounded to element at each step.
 //   * The caller owns every array and allocates every output; nothing is kept between calls; inputs are not written.
 //     No two arrays of a call may overlap, except where an argument is said to be in-out or may alias.
 //   * A null pointer is allowed only where the comment says so.
@@ -25,6 +26,8 @@
 
 namespace sora {
 
+enum class Cell : int { lstm = 0, gru = 1, rnn_tanh = 2, rnn_relu = 3 };
+
 enum LstmError : int {
   kLstmOk = 0,
   kLstmUnsupportedDType = -1,  // this function has no kernel for the element type
@@ -33,48 +36,84 @@ enum LstmError : int {
 // Codes above zero are cudaError_t. The text lives as long as the process.
 const char* lstm_error(int code);
 
-// A whole sequence, all directions, in one call.
-struct LstmForward {
+// What the passes have in common: the cell, the sizes, and which rows run at which step.
+//
+// Rows are numbered so that their lengths do not increase: step t runs rows 0 .. batch_sizes[t] - 1, and the reverse
+// direction begins a row at its own last step. Two kinds of arrays hold one row for each of the N = sum of batch_sizes
+// (row, step) pairs:
+//   * packed: pair (t, b) is at batch_sizes[0] + ... + batch_sizes[t-1] + b; the layout of torch's PackedSequence;
+//   * data:   the same without `order`; with it a padded [T, B] array, where row b is `order[b]`. What lies past a
+//             row's length is neither read nor written.
+// Without batch_sizes all rows have T steps and both are [T, B]. Arrays of initial and final states are [D, B, .],
+// where row b is `order[b]` if there is an order.
+struct LstmShape {
+  Cell cell;
   int64_t T, B, H;
+  int64_t P;  // 0: no projection
   int D;
-  // [D, T, B, 4H] element, in-out. In: x W_ih^T + b_ih + b_hh. Out: the gates after their activations, which is what
-  // the backward pass needs; a caller that does not want them passes its buffer all the same and drops it.
+  const int64_t* batch_sizes;  // [T], not increasing, at most B; or null
+  const int64_t* order;        // [B], a permutation; or null
+  const uint8_t* reset;        // data rows, 0 or 1: a new sequence begins at this step. The state is cleared before it
+                               // (by the reverse direction: before the step ahead of it, if the row has one). Or null
+};
+
+struct LstmForward {
+  LstmShape shape;
+  // [D, packed rows, G*H] element, row stride input_stride: x W_ih^T.
+  const void* input;
+  int64_t input_stride;
+  const void* b_ih[2];  // D arrays [G*H] element; all four null without biases
+  const void* b_hh[2];
+  const void* w_hh[2];  // D arrays [G*H, O] element. Null: `input` has W_hh h(t-1) in it already, a GRU's as in its
+                        // gates: r, z whole, then W_in x, then W_hn h; the cells alone are walked
+  const void* w_hr[2];  // D arrays [P, H] element; null if P is 0, or with null w_hh, y and h_n
+  const void* h0;       // [D, B, O] element, or null for zero
+  const void* c0;       // [D, B, H] element, or null for zero; LSTM only
+  // [D, data rows, 4*H] element: what backward needs of the gates. LSTM: i, f, g, o, GRU: r, z, n, q; RNN has none. Null
+  // when not wanted. May be `input` where both have the same rows and input_stride is 4*H.
   void* gates;
-  const void* w_hh[2];  // D arrays [4H, H] element
-  const void* h0;       // [D, B, H] element, or null for zero
-  const void* c0;       // [D, B, H] element, or null for zero
-  void* y;              // [T, B, D*H] element: h(t), directions side by side
-  void* cells;          // [T, B, D*H] state: c(t); null when not wanted
-  void* h_n;            // [D, B, H] element
-  void* c_n;            // [D, B, H] element
+  void* y;      // [data rows, D*O] element: h(t), directions side by side; null when not wanted
+  void* cells;  // [data rows, D*H] state: c(t); LSTM only; null when not wanted
+  void* h_n;    // [D, B, O] element: h after a row's last step; null when not wanted
+  void* c_n;    // [D, B, H] element; LSTM only; null when not wanted
 };
 
 // The data-dependent part of the gradient: the rest are GEMMs and sums over `dgates`.
 struct LstmBackward {
-  int64_t T, B, H;
-  int D;
-  const void* gates;    // [D, T, B, 4H] element, as left by the forward pass
-  const void* cells;    // [T, B, D*H] state, as left by the forward pass
-  const void* w_hh[2];  // D arrays [4H, H] element
-  const void* c0;       // [D, B, H] element, or null for zero
-  const void* dy;       // [T, B, D*H] element, or null for zero
-  const void* dcells;   // [T, B, D*H] state, or null for zero
-  const void* dh_n;     // [D, B, H] element, or null for zero
-  const void* dc_n;     // [D, B, H] element, or null for zero
-  void* dgates;         // [D, T, B, 4H] element: gradient of the gates before their activations
-  void* dh0;            // [D, B, H] element
-  void* dc0;            // [D, B, H] element
+  LstmShape shape;
+  const void* gates;    // as left by the forward pass; unused for RNN
+  const void* cells;    // as left by the forward pass; LSTM only
+  const void* y;        // as left by the forward pass; unused for LSTM
+  const void* w_hh[2];  // D arrays [G*H, O] element
+  const void* w_hr[2];  // D arrays [P, H] element; null if P is 0
+  const void* h0;       // [D, B, O] element, or null for zero; unused for LSTM
+  const void* c0;       // [D, B, H] element, or null for zero; LSTM only
+  const void* dy;       // [data rows, D*O] element, or null for zero
+  const void* dcells;   // [data rows, D*H] state, or null for zero; LSTM only
+  const void* dh_n;     // [D, B, O] element, or null for zero
+  const void* dc_n;     // [D, B, H] element, or null for zero; LSTM only
+  // [D, packed rows, A*H] element: gradient of a + u, gate by gate; A = G, and for a GRU 4: r, z, n of a, then n of u.
+  void* dgates;
+  void* dh;   // [D, packed rows, P] element: dL/dh(t), whole, for the gradient of w_hr; null if P is 0
+  void* dh0;  // [D, B, O] element
+  void* dc0;  // [D, B, H] element; LSTM only
 };
 
 // CPU kernels for float32, float64 and bfloat16. `threads` is the most that may be used; small work takes fewer. For a
 // given machine and `threads` the result is the same bits every time. Safe to call from several threads at once.
 int lstm_forward_cpu(DType dtype, const LstmForward& args, int threads);
 int lstm_backward_cpu(DType dtype, const LstmBackward& args, int threads);
+
+// The h that each step of one direction started from, after any reset: y [data rows, D*O] and h0 (or null) ->
+// h_prev [packed rows, O]. Copies elements of any type of `element_bytes` bytes.
+void lstm_previous_states_cpu(int64_t element_bytes, const LstmShape& shape, int direction, const void* y,
+                              const void* h0, void* h_prev);
+
 // The instruction set the CPU kernels run on: "avx512", "avx2" or "generic".
 const char* lstm_cpu_isa();
 
-// One step, one direction, after the caller's own GEMM has added W_hh h(t-1): the form for a step at a time, and for
-// any size that no persistent kernel takes. Row strides are in elements of the array they belong to.
+// One LSTM step, one direction, after the caller's own GEMM has added W_hh h(t-1): the form for a step at a time, and
+// for any size that no persistent kernel takes. Row strides are in elements of the array they belong to.
 struct LstmCellForward {
   int64_t B, H;
   void* gates;           // [B, 4H] element, in-out: before -> after activation

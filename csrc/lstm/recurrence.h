@@ -1,40 +1,44 @@
 // The arithmetic of lstm_cpu.cpp for one instruction set (see simd.h for how it is chosen).
 //
-// Both directions of the pass are one loop, `accumulate`: R rows x C vectors of sums held in registers, w_hh packed so
-// that it is read once from front to back.
-//   forward:  packed [H / lanes][H][4][lanes]; C = 4 is the four gates of the same hidden units, so that the cell is
-//             computed on the sums where they are: the gates are written once and never read back.
-//   backward: packed [H / (C lanes)][4H][C][lanes], C = 1, 2 or 4 by H.
-// Units past H are zero in the packed array.
+// Every matrix product is `multiply`: a block of rows times a block of packed weights, sums in registers. What a cell
+// does with the sums is `Recurrence`: a row of one vector of units at a time, forward or backward.
 #pragma once
 
 #include "../common/simd.h"
 #include "cell.h"
 #include "lstm_kernels.h"
+#include "lstm_step.h"
 
 namespace sora {
 namespace SORA_ISA {
 
-// Rows of sums held in registers at once: R x 4 vectors, the 4 of w_hh and a broadcast h must fit the register file.
+// Rows of sums held in registers at once: with 4 columns, those, the 4 weights and a broadcast must fit the registers.
 constexpr int64_t kMaxRows = SORA_VECTOR_REGISTERS >= 32 ? 6 : 2;
+constexpr int64_t kMaxColumns = 4;
+// Rows whose sums wait in memory between slices of the depth, and the terms of a slice: 4 columns of them fill half of
+// a first-level cache, and are read once for every kMaxRows rows.
+constexpr int64_t kBlockRows = 48;
+constexpr int64_t kSliceTerms = 64;
 
-template <int R, int C, class V, class State>
-inline __attribute__((always_inline)) void accumulate(V (&sum)[R][C], const State* packed, const State* x,
-                                                      int64_t x_stride, int64_t depth) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(State);
-  // One row has too few independent sums to hide the latency of a multiply-add: even and odd terms are summed apart.
-  constexpr int U = R == 1 ? 2 : 1;
-  V part[U][R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c)
-      for (int u = 0; u < U; ++u) part[u][r][c] = u == 0 ? sum[r][c] : V{};
+// sums[r][c] = (add ? sums[r][c] : 0) + sum over k of packed[k][c] * x[r][k], each [c] a vector.
+template <class State, int R, int C>
+__attribute__((noinline)) void accumulate(const State* packed, const State* x, int64_t x_stride, int64_t depth,
+                                          bool add, State* sums) {
+  using V = typename Simd<State>::V;
+  constexpr int64_t lanes = Simd<State>::lanes;
+  // Eight independent sums hide the latency of a multiply-add: with fewer, terms are summed in U interleaved parts.
+  constexpr int U = R * C >= 8 ? 1 : R * C >= 4 ? 2 : R * C >= 2 ? 4 : 8;
+  V part[U][R][C] = {};
+  if (add)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) part[0][r][c] = Simd<State>::load(sums + (r * C + c) * lanes);
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       V w[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) __builtin_memcpy(&w[c], packed + ((k + u) * C + c) * lanes, sizeof(V));
+      for (int c = 0; c < C; ++c) w[c] = Simd<State>::load(packed + ((k + u) * C + c) * lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const State value = x[r * x_stride + k + u];
@@ -45,294 +49,426 @@ inline __attribute__((always_inline)) void accumulate(V (&sum)[R][C], const Stat
   }
   for (; k < depth; ++k)
     for (int c = 0; c < C; ++c) {
-      V w;
-      __builtin_memcpy(&w, packed + (k * C + c) * lanes, sizeof(V));
+      const V w = Simd<State>::load(packed + (k * C + c) * lanes);
       for (int r = 0; r < R; ++r) part[0][r][c] += w * x[r * x_stride + k];
     }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      sum[r][c] = part[0][r][c];
-      if constexpr (U == 2) sum[r][c] += part[1][r][c];
-    }
-}
-
-// Calls tile(integral constant R, first row) so that the rows are covered by tiles of nearly equal height <= kMaxRows.
-template <int R>
-struct Height {
-  static constexpr int value = R;
-};
-template <class Tile>
-inline __attribute__((always_inline)) void for_row_tiles(Range rows, const Tile& tile) {
-  const int64_t count = rows.end - rows.begin, tiles = (count + kMaxRows - 1) / kMaxRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t first = rows.begin + count * t / tiles;
-    switch (rows.begin + count * (t + 1) / tiles - first) {
-      case 1: tile(Height<1>{}, first); break;
-      case 2: tile(Height<2>{}, first); break;
-#if SORA_VECTOR_REGISTERS >= 32
-      case 3: tile(Height<3>{}, first); break;
-      case 4: tile(Height<4>{}, first); break;
-      case 5: tile(Height<5>{}, first); break;
-      case 6: tile(Height<6>{}, first); break;
-#endif
-    }
-  }
-}
-
-// dh of the earlier step, from the dgates of all units: the half of the backward pass that sees states only.
-template <class State, int C>
-void product(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
-  using V = typename Simd<State>::V;
-  constexpr int64_t lanes = Simd<State>::lanes;
-  const int64_t H = a.H, d = part.direction;
-  State* dh_state = static_cast<State*>(scratch.h) + d * a.B * H;
-  const State* dgates = static_cast<const State*>(scratch.dgates) + (s % 2 * a.D + d) * a.B * 4 * H;
-  for (int64_t j = part.units.begin; j < part.units.end; j += C * lanes) {
-    const State* packed = static_cast<const State*>(scratch.packed[d]) + j * 4 * H;
-    for_row_tiles(part.rows, [&](auto height, int64_t first) __attribute__((always_inline)) {
-      constexpr int R = decltype(height)::value;
-      V sum[R][C] = {};
-      accumulate(sum, packed, dgates + first * 4 * H, 4 * H, 4 * H);
+  for (int half = U / 2; half > 0; half /= 2)
+    for (int u = 0; u < half; ++u)
       for (int r = 0; r < R; ++r)
-        for (int64_t c = 0; c < C; ++c) {
-          const int64_t unit = j + c * lanes;
-          if (unit < H) store_n<State>(dh_state + (first + r) * H + unit, std::min(lanes, H - unit), sum[r][c]);
+        for (int c = 0; c < C; ++c) part[u][r][c] += part[u + half][r][c];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) Simd<State>::store(sums + (r * C + c) * lanes, part[0][r][c]);
+}
+
+// x [rows, depth] times one block of packed weights, [depth][columns][lanes] -> sums [rows][columns][lanes].
+template <class State, int C>
+void multiply(const State* packed, const State* x, int64_t x_stride, int64_t depth, int64_t rows, State* sums) {
+  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows, slice = tiles > 1 ? kSliceTerms : depth;
+  for (int64_t k = 0; k < depth; k += slice)
+    for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height
+      const int64_t first = rows * tile / tiles;
+      const State *w = packed + k * C * Simd<State>::lanes, *from = x + first * x_stride + k;
+      State* to = sums + first * C * Simd<State>::lanes;
+      const int64_t terms = std::min(slice, depth - k);
+      switch (rows * (tile + 1) / tiles - first) {
+        case 1: accumulate<State, 1, C>(w, from, x_stride, terms, k > 0, to); break;
+        case 2: accumulate<State, 2, C>(w, from, x_stride, terms, k > 0, to); break;
+#if SORA_VECTOR_REGISTERS >= 32
+        case 3: accumulate<State, 3, C>(w, from, x_stride, terms, k > 0, to); break;
+        case 4: accumulate<State, 4, C>(w, from, x_stride, terms, k > 0, to); break;
+        case 5: accumulate<State, 5, C>(w, from, x_stride, terms, k > 0, to); break;
+        case 6: accumulate<State, 6, C>(w, from, x_stride, terms, k > 0, to); break;
+#endif
+      }
+    }
+}
+
+// Calls each(row, unit, sums) for the products of rows x [B, depth] with packed weights: a vector of units, and the
+// packing's gates of it in `sums`. Without weights (null) the sums are 0. Odd steps walk the units backwards: what is
+// left of the weights in the nearer caches is used before it is evicted.
+template <class State, class Each>
+void for_products(const State* packed, const LstmPacking& packing, Range rows, Range units, const State* x,
+                  int64_t step, const Each& each) {
+  constexpr int64_t lanes = Simd<State>::lanes;
+  const int64_t grain = packing.grain(lanes), columns = packing.columns();
+  const int64_t blocks = (units.end - units.begin + grain - 1) / grain;
+  alignas(64) State sums[kBlockRows * kMaxColumns * lanes];
+  if (!packed) std::fill(sums, sums + kBlockRows * kMaxColumns * lanes, State(0));
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t unit = units.begin + (step % 2 ? blocks - 1 - i : i) * grain;
+    for (int64_t first = rows.begin; first < rows.end; first += kBlockRows) {
+      const int64_t count = std::min(kBlockRows, rows.end - first), depth = packing.depth;
+      if (packed) {
+        const State *w = packed + unit * packing.gates * depth, *from = x + first * depth;
+        switch (columns) {
+          case 1: multiply<State, 1>(w, from, depth, depth, count, sums); break;
+          case 2: multiply<State, 2>(w, from, depth, depth, count, sums); break;
+          case 3: multiply<State, 3>(w, from, depth, depth, count, sums); break;
+          case 4: multiply<State, 4>(w, from, depth, depth, count, sums); break;
         }
-    });
+      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t v = 0; v < packing.vectors && unit + v * lanes < units.end; ++v)
+          each(first + r, unit + v * lanes, sums + (r * columns + v * packing.gates) * lanes);
+    }
   }
 }
 
-template <class Element>
+template <class Element, Cell cell>
 struct Recurrence {
   using S = Simd<Element>;
   using State = typename S::State;
   using V = typename S::V;
-  using States = Simd<State>;
   static constexpr int64_t lanes = S::lanes;
+  static constexpr int G = cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
+  static constexpr int kTape = 4;                        // columns of the gates array, in units of H
+  static constexpr int kGrads = cell == Cell::gru ? 4 : G;  // of the dgates array
 
-  static int backward_columns(int64_t H) { return H > 2 * lanes ? 4 : H > lanes ? 2 : 1; }
-  static int64_t unit_grain_backward(int64_t H) { return backward_columns(H) * lanes; }
-  static int64_t rounded_up(int64_t H, int64_t grain) { return (H + grain - 1) / grain * grain; }
-  static int64_t packed_forward_size(int64_t H) { return 4 * H * rounded_up(H, lanes); }
-  static int64_t packed_backward_size(int64_t H) { return 4 * H * rounded_up(H, unit_grain_backward(H)); }
-
-  static void pack_forward(const void* w_hh, int64_t H, Range units, void* packed) {
-    const auto* w = static_cast<const Element*>(w_hh);
-    for (int64_t j = units.begin; j < units.end; j += lanes) {
-      State* out = static_cast<State*>(packed) + j * 4 * H;
-      const int64_t n = std::min(lanes, H - j);
-      for (int64_t g = 0; g < 4; ++g) {
-        const Element* row = w + (g * H + j) * H;
-        for (int64_t k = 0; k < H; ++k)
-          for (int64_t l = 0; l < lanes; ++l)
-            out[(k * 4 + g) * lanes + l] = l < n ? S::widen(row[l * H + k]) : State(0);
-      }
-    }
+  static int64_t output_size(const LstmShape& shape) { return shape.P ? shape.P : shape.H; }
+  static const Element* element(const void* p) { return static_cast<const Element*>(p); }
+  static const State* state(const void* p) { return static_cast<const State*>(p); }
+  // Row b of direction d in a scratch array [D, B, width].
+  static State* scratch_row(void* array, const LstmShape& shape, int d, int64_t b, int64_t width) {
+    return static_cast<State*>(array) + (d * shape.B + b) * width;
+  }
+  // The same in an array of states that the caller gave.
+  static int64_t state_row(const LstmRows& where, int d, int64_t b, int64_t width) {
+    return (d * where.shape.B + where.state(b)) * width;
+  }
+  // Row (t, b) in an array [data rows, D * width].
+  static int64_t wide_row(const LstmRows& where, int d, int64_t t, int64_t b, int64_t width) {
+    return (where.data(t, b) * where.shape.D + d) * width;
+  }
+  static Range active(const LstmRows& where, Range rows, int64_t t) {
+    return {rows.begin, std::min(rows.end, where.active(t))};
+  }
+  static V load_or_zero(const void* array, int64_t at, int64_t n) {
+    return array ? load_n<Element>(element(array) + at, n) : V{};
   }
 
-  static void pack_backward(const void* w_hh, int64_t H, Range units, void* packed) {
-    const auto* w = static_cast<const Element*>(w_hh);
-    const int64_t grain = unit_grain_backward(H);
-    for (int64_t j = units.begin; j < units.end; j += grain) {
-      State* out = static_cast<State*>(packed) + j * 4 * H;
-      const int64_t n = std::min(grain, H - j);
-      for (int64_t k = 0; k < 4 * H; ++k)
-        for (int64_t l = 0; l < grain; ++l) out[k * grain + l] = l < n ? S::widen(w[k * H + j + l]) : State(0);
-    }
-  }
-
-  // Copies a [rows, units] block between arrays of row length H, null reading as zero.
-  template <class To, class From>
-  static void copy_block(const LstmPart& part, int64_t B, int64_t H, void* to, const void* from) {
-    for (int64_t b = part.rows.begin; b < part.rows.end; ++b) {
-      const int64_t row = (part.direction * B + b) * H;
-      for (int64_t j = part.units.begin; j < part.units.end; j += lanes) {
-        const int64_t n = std::min(lanes, H - j);
-        const V v = from ? load_n<From>(static_cast<const From*>(from) + row + j, n) : V{};
-        store_n<To>(static_cast<To*>(to) + row + j, n, v);
-      }
-    }
-  }
-
-  static void forward_begin(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part) {
-    copy_block<State, Element>(part, a.B, a.H, scratch.h, a.h0);
-    copy_block<State, Element>(part, a.B, a.H, scratch.c, a.c0);
-  }
-
-  static void forward_end(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part) {
-    const State* h = static_cast<const State*>(scratch.h) + a.T % 2 * a.D * a.B * a.H;
-    copy_block<Element, State>(part, a.B, a.H, a.h_n, h);
-    copy_block<Element, State>(part, a.B, a.H, a.c_n, scratch.c);
-  }
-
-  static void forward_step(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
-    const int64_t H = a.H, d = part.direction, t = d == 0 ? s : a.T - 1 - s, buffer = a.D * a.B * H;
-    const State* h_prev = static_cast<const State*>(scratch.h) + s % 2 * buffer + d * a.B * H;
-    State* h_next = static_cast<State*>(scratch.h) + (s + 1) % 2 * buffer + d * a.B * H;
-    State* c_state = static_cast<State*>(scratch.c) + d * a.B * H;
-    Element* gates = static_cast<Element*>(a.gates) + (d * a.T + t) * a.B * 4 * H;
-    Element* y = static_cast<Element*>(a.y) + t * a.B * a.D * H + d * H;
-    State* cells = a.cells ? static_cast<State*>(a.cells) + t * a.B * a.D * H + d * H : nullptr;
-    for (int64_t j = part.units.begin; j < part.units.end; j += lanes) {
-      const State* packed = static_cast<const State*>(scratch.packed[d]) + j * 4 * H;
-      const int64_t n = std::min(lanes, H - j);
-      for_row_tiles(part.rows, [&](auto height, int64_t first) __attribute__((always_inline)) {
-        constexpr int R = decltype(height)::value;
-        V sum[R][4];
-        for (int r = 0; r < R; ++r)
-          for (int g = 0; g < 4; ++g) sum[r][g] = load_n<Element>(gates + (first + r) * 4 * H + g * H + j, n);
-        accumulate(sum, packed, h_prev + first * H, H, H);
-        for (int r = 0; r < R; ++r) {
-          const int64_t b = first + r;
-          LstmGates<V> gate{sum[r][0], sum[r][1], sum[r][2], sum[r][3]};
-          V h;
-          const V c = lstm_cell(gate, load_n<State>(c_state + b * H + j, n), h);
-          h = S::round(h);
-          Element* row = gates + b * 4 * H + j;
-          store_n<Element>(row, n, gate.i);
-          store_n<Element>(row + H, n, gate.f);
-          store_n<Element>(row + 2 * H, n, gate.g);
-          store_n<Element>(row + 3 * H, n, gate.o);
-          store_n<State>(c_state + b * H + j, n, c);
-          store_n<State>(h_next + b * H + j, n, h);
-          store_n<Element>(y + b * a.D * H + j, n, h);
-          if (cells) store_n<State>(cells + b * a.D * H + j, n, c);
+  static void pack(const void* w, const LstmPacking& p, Range units, void* packed) {
+    const int64_t grain = p.grain(lanes);
+    for (int64_t unit = units.begin; unit < units.end; unit += grain)
+      for (int64_t v = 0; v < p.vectors; ++v) {
+        const int64_t j = unit + v * lanes, n = std::max<int64_t>(0, std::min(lanes, p.outputs - j));
+        for (int64_t g = 0; g < p.gates; ++g) {
+          State* to = static_cast<State*>(packed) + unit * p.gates * p.depth + (v * p.gates + g) * lanes;
+          if (p.transposed)
+            pack_rows(element(w) + j, p.outputs, n, p.depth, p.columns() * lanes, to);
+          else
+            pack_columns(element(w) + (g * p.outputs + j) * p.depth, n, p.depth, p.columns() * lanes, to);
         }
-      });
+      }
+  }
+
+  // w [depth, n of stride] -> packed [depth][.][lanes].
+  static void pack_rows(const Element* w, int64_t stride, int64_t n, int64_t depth, int64_t to_stride, State* to) {
+    for (int64_t k = 0; k < depth; ++k) Simd<State>::store(to + k * to_stride, load_n<Element>(w + k * stride, n));
+  }
+
+  // w [n, depth] -> packed [depth][.][lanes].
+  static void pack_columns(const Element* w, int64_t n, int64_t depth, int64_t to_stride, State* to) {
+    for (int64_t k = 0; k < depth; k += lanes) {
+      const int64_t terms = std::min(lanes, depth - k);
+      V block[lanes] = {};
+      for (int64_t l = 0; l < n; ++l) block[l] = load_n<Element>(w + l * depth + k, terms);
+      transpose<State>(block);
+      for (int64_t i = 0; i < terms; ++i) Simd<State>::store(to + (k + i) * to_stride, block[i]);
     }
   }
 
-  static void backward_begin(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part) {
-    copy_block<State, Element>(part, a.B, a.H, scratch.h, a.dh_n);
-    copy_block<State, Element>(part, a.B, a.H, scratch.c, a.dc_n);
+  static void add_biases(const LstmForward& a, int d, void* bias) {
+    const int64_t H = a.shape.H;
+    const Element *b_ih = element(a.b_ih[d]), *b_hh = element(a.b_hh[d]);
+    const int64_t whole = cell == Cell::gru ? 2 * H : G * H;
+    State* to = static_cast<State*>(bias);
+    for (int64_t j = 0; j < whole; ++j) to[j] = S::widen(b_ih[j]) + S::widen(b_hh[j]);
+    if constexpr (cell == Cell::gru)
+      for (int64_t j = 0; j < H; ++j) {
+        to[2 * H + j] = S::widen(b_ih[2 * H + j]);
+        to[3 * H + j] = S::widen(b_hh[2 * H + j]);
+      }
   }
 
-  static void backward_end(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part) {
-    copy_block<Element, State>(part, a.B, a.H, a.dh0, scratch.h);
-    copy_block<Element, State>(part, a.B, a.H, a.dc0, scratch.c);
+  // Calls each(row, unit, units of the vector).
+  template <class Each>
+  static void for_units(const LstmPart& part, const Each& each) {
+    for (int64_t b = part.rows.begin; b < part.rows.end; ++b)
+      for (int64_t j = part.units.begin; j < part.units.end; j += lanes)
+        each(b, j, std::min(lanes, part.units.end - j));
+  }
+
+  static void forward_begin(const LstmForward& a, const LstmScratch& scratch, const LstmPart& outputs,
+                            const LstmPart& hidden) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int64_t O = output_size(a.shape), H = a.shape.H;
+    const int d = outputs.direction;
+    // Whether the row's first step clears the state; only the forward direction's can.
+    const auto cleared = [&](int64_t b) { return d == 0 && where.clears(d, 0, b); };
+    const auto has_step = [&](int64_t b) { return where.has(0, b); };
+    for_units(outputs, [&](int64_t b, int64_t j, int64_t n) {
+      const int64_t at = state_row(where, d, b, O) + j;
+      const V h = load_or_zero(a.h0, at, n);
+      if (a.h_n && !has_step(b)) store_n<Element>(static_cast<Element*>(a.h_n) + at, n, h);
+      for (int64_t parity = 0; parity < 2; ++parity)  // rows do not all begin at the same step
+        store_n<State>(scratch_row(scratch.h, a.shape, parity * a.shape.D + d, b, O) + j, n, cleared(b) ? V{} : h);
+    });
+    if constexpr (cell == Cell::lstm)
+      for_units(hidden, [&](int64_t b, int64_t j, int64_t n) {
+        const int64_t at = state_row(where, d, b, H) + j;
+        const V c = load_or_zero(a.c0, at, n);
+        if (a.c_n && !has_step(b)) store_n<Element>(static_cast<Element*>(a.c_n) + at, n, c);
+        store_n<State>(scratch_row(scratch.c, a.shape, d, b, H) + j, n, cleared(b) ? V{} : c);
+      });
+  }
+
+  // How a row of a step goes on: whether it is the row's last, and whether the next one clears the state.
+  struct Next {
+    bool last, clears;
+  };
+  static Next next_step(const LstmRows& where, int d, int64_t t, int64_t b) {
+    const int64_t next = where.after(d, t);
+    const bool last = !where.has(next, b);
+    return {last, !last && where.clears(d, next, b)};
+  }
+
+  // h(t), rounded: to the buffer that the next step reads, and to the outputs.
+  static void store_h(const LstmForward& a, const LstmScratch& scratch, const LstmRows& where, int d, int64_t t,
+                      int64_t s, int64_t b, int64_t j, int64_t n, Next next, V h) {
+    const int64_t O = output_size(a.shape);
+    State* to = scratch_row(scratch.h, a.shape, (s + 1) % 2 * a.shape.D + d, b, O);
+    store_n<State>(to + j, n, next.clears ? V{} : h);
+    if (a.y) store_n<Element>(static_cast<Element*>(a.y) + wide_row(where, d, t, b, O) + j, n, h);
+    if (next.last && a.h_n) store_n<Element>(static_cast<Element*>(a.h_n) + state_row(where, d, b, O) + j, n, h);
+  }
+
+  static void forward_cell(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(d, s), H = a.shape.H;
+    const State* h_prev = scratch_row(scratch.h, a.shape, s % 2 * a.shape.D + d, 0, output_size(a.shape));
+    const State* bias = state(scratch.bias[d]);
+    const int64_t packed_rows = where.packed_rows(), data_rows = where.data_rows();
+    for_products(
+        a.w_hh[d] ? state(scratch.w_hh[d]) : nullptr, scratch.hh, active(where, part.rows, t), part.units, h_prev, s,
+        [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
+          const int64_t n = std::min(lanes, H - j);
+          const Element* input = element(a.input) + (d * packed_rows + where.packed(t, b)) * a.input_stride + j;
+          // Gate g before activation, from the input's and the biases' column and the sum of that number.
+          const auto from_x = [&](int g) {
+            const V x = load_n<Element>(input + g * H, n);
+            return bias ? x + load_n<State>(bias + g * H + j, n) : x;
+          };
+          const auto from_h = [&](int g) { return Simd<State>::load(sums + g * lanes); };
+          const Next next = next_step(where, d, t, b);
+          Element* tape = nullptr;
+          if (a.gates)
+            tape = static_cast<Element*>(a.gates) + (d * data_rows + where.data(t, b)) * kTape * H + j;
+          const auto keep = [&](V g0, V g1, V g2, V g3) {
+            if (!tape) return;
+            store_n<Element>(tape, n, g0);
+            store_n<Element>(tape + H, n, g1);
+            store_n<Element>(tape + 2 * H, n, g2);
+            store_n<Element>(tape + 3 * H, n, g3);
+          };
+          if constexpr (cell == Cell::lstm) {
+            LstmGates<V> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2) + from_h(2),
+                              from_x(3) + from_h(3)};
+            State* c_state = scratch_row(scratch.c, a.shape, d, b, H) + j;
+            V h;
+            const V c = lstm_cell(gate, load_n<State>(c_state, n), h);
+            h = S::round(h);
+            keep(gate.i, gate.f, gate.g, gate.o);
+            store_n<State>(c_state, n, next.clears ? V{} : c);
+            if (a.cells) store_n<State>(static_cast<State*>(a.cells) + wide_row(where, d, t, b, H) + j, n, c);
+            if (next.last && a.c_n)
+              store_n<Element>(static_cast<Element*>(a.c_n) + state_row(where, d, b, H) + j, n, c);
+            if (scratch.m)
+              store_n<State>(scratch_row(scratch.m, a.shape, d, b, H) + j, n, h);
+            else
+              store_h(a, scratch, where, d, t, s, b, j, n, next, h);
+          } else if constexpr (cell == Cell::gru) {
+            const V r = from_x(0) + from_h(0), z = from_x(1) + from_h(1), in = from_x(2);
+            V q = a.w_hh[d] ? from_h(2) : load_n<Element>(input + 3 * H, n);
+            if (bias) q += load_n<State>(bias + 3 * H + j, n);
+            GruGates<V> gate{r, z, in, q};
+            const V h = S::round(gru_cell(gate, load_n<State>(h_prev + b * H + j, n)));
+            keep(gate.r, gate.z, gate.n, gate.q);
+            store_h(a, scratch, where, d, t, s, b, j, n, next, h);
+          } else {
+            const V sum = from_x(0) + from_h(0);
+            const V h = S::round(cell == Cell::rnn_tanh ? tanh(sum) : relu(sum));
+            store_h(a, scratch, where, d, t, s, b, j, n, next, h);
+          }
+        });
+  }
+
+  static void forward_project(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(d, s), P = a.shape.P;
+    for_products(state(scratch.w_hr[d]), scratch.hr, active(where, part.rows, t), part.units,
+                 scratch_row(scratch.m, a.shape, d, 0, a.shape.H), s,
+                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
+                   store_h(a, scratch, where, d, t, s, b, j, std::min(lanes, P - j), next_step(where, d, t, b),
+                           S::round(Simd<State>::load(sums)));
+                 });
+  }
+
+  static void backward_begin(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& outputs,
+                             const LstmPart& hidden) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int64_t O = output_size(a.shape), H = a.shape.H;
+    const int d = outputs.direction;
+    for_units(outputs, [&](int64_t b, int64_t j, int64_t n) {
+      const V dh = load_or_zero(a.dh_n, state_row(where, d, b, O) + j, n);
+      store_n<State>(scratch_row(scratch.h, a.shape, d, b, O) + j, n, dh);
+    });
+    if constexpr (cell == Cell::lstm)
+      for_units(hidden, [&](int64_t b, int64_t j, int64_t n) {
+        const V dc = load_or_zero(a.dc_n, state_row(where, d, b, H) + j, n);
+        store_n<State>(scratch_row(scratch.c, a.shape, d, b, H) + j, n, dc);
+      });
+  }
+
+  static void backward_end(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& outputs,
+                           const LstmPart& hidden) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int64_t O = output_size(a.shape), H = a.shape.H;
+    const int d = outputs.direction;
+    for_units(outputs, [&](int64_t b, int64_t j, int64_t n) {
+      const V dh = load_n<State>(scratch_row(scratch.h, a.shape, d, b, O) + j, n);
+      store_n<Element>(static_cast<Element*>(a.dh0) + state_row(where, d, b, O) + j, n, dh);
+    });
+    if constexpr (cell == Cell::lstm)
+      for_units(hidden, [&](int64_t b, int64_t j, int64_t n) {
+        const V dc = load_n<State>(scratch_row(scratch.c, a.shape, d, b, H) + j, n);
+        store_n<Element>(static_cast<Element*>(a.dc0) + state_row(where, d, b, H) + j, n, dc);
+      });
+  }
+
+  static void backward_outputs(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(1 - d, s), P = a.shape.P, packed_rows = where.packed_rows();
+    for_units({d, active(where, part.rows, t), part.units}, [&](int64_t b, int64_t j, int64_t n) {
+      V dh = load_n<State>(scratch_row(scratch.h, a.shape, d, b, P) + j, n);
+      if (a.dy) dh += load_n<Element>(element(a.dy) + wide_row(where, d, t, b, P) + j, n);
+      store_n<State>(scratch_row(scratch.dh, a.shape, d, b, P) + j, n, dh);
+      store_n<Element>(static_cast<Element*>(a.dh) + (d * packed_rows + where.packed(t, b)) * P + j, n, dh);
+    });
+  }
+
+  static void backward_project(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(1 - d, s), H = a.shape.H;
+    for_products(state(scratch.w_hr[d]), scratch.hr, active(where, part.rows, t), part.units,
+                 scratch_row(scratch.dh, a.shape, d, 0, a.shape.P), s,
+                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
+                   State* to = scratch_row(scratch.m, a.shape, d, b, H) + j;
+                   store_n<State>(to, std::min(lanes, H - j), Simd<State>::load(sums));
+                 });
+  }
+
+  // The state that step t of row b started from: `states` [data rows, D*H] holds what the steps left.
+  template <class Kept>
+  static V previous(const LstmRows& where, int d, int64_t t, int64_t b, int64_t j, int64_t n, const Kept* states,
+                    const void* first) {
+    const int64_t H = where.shape.H, before = where.before(d, t);
+    if (where.clears(d, t, b)) return V{};
+    if (where.has(before, b)) return load_n<Kept>(states + wide_row(where, d, before, b, H) + j, n);
+    return load_or_zero(first, state_row(where, d, b, H) + j, n);
   }
 
   static void backward_cell(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
-    const int64_t H = a.H, d = part.direction, t = d == 0 ? a.T - 1 - s : s, wide = a.D * H;
-    const int64_t earlier = d == 0 ? t - 1 : t + 1;
-    const bool first_step = s == a.T - 1;
-    const State* dh_state = static_cast<const State*>(scratch.h) + d * a.B * H;
-    State* dc_state = static_cast<State*>(scratch.c) + d * a.B * H;
-    State* dgates_state = static_cast<State*>(scratch.dgates) + (s % 2 * a.D + d) * a.B * 4 * H;
-    const Element* gates = static_cast<const Element*>(a.gates) + (d * a.T + t) * a.B * 4 * H;
-    Element* dgates = static_cast<Element*>(a.dgates) + (d * a.T + t) * a.B * 4 * H;
-    const State* cells = static_cast<const State*>(a.cells) + t * a.B * wide + d * H;
-    const State* cells_earlier = static_cast<const State*>(a.cells) + earlier * a.B * wide + d * H;
-    const Element* c0 = a.c0 ? static_cast<const Element*>(a.c0) + d * a.B * H : nullptr;
-    const Element* dy = a.dy ? static_cast<const Element*>(a.dy) + t * a.B * wide + d * H : nullptr;
-    const State* dcells = a.dcells ? static_cast<const State*>(a.dcells) + t * a.B * wide + d * H : nullptr;
-    for (int64_t b = part.rows.begin; b < part.rows.end; ++b)
-      for (int64_t j = part.units.begin; j < part.units.end; j += lanes) {
-        const int64_t n = std::min(lanes, H - j), at = b * H + j, at_wide = b * wide + j, at_gates = b * 4 * H + j;
-        const LstmGates<V> gate{load_n<Element>(gates + at_gates, n), load_n<Element>(gates + at_gates + H, n),
-                                load_n<Element>(gates + at_gates + 2 * H, n),
-                                load_n<Element>(gates + at_gates + 3 * H, n)};
-        const V c_prev = !first_step ? load_n<State>(cells_earlier + at_wide, n)
-                         : c0        ? load_n<Element>(c0 + at, n)
-                                     : V{};
-        const V c = load_n<State>(cells + at_wide, n);
-        V dh = load_n<State>(dh_state + at, n), dc = load_n<State>(dc_state + at, n);
-        if (dy) dh += load_n<Element>(dy + at_wide, n);
-        if (dcells) dc += load_n<State>(dcells + at_wide, n);
-        const LstmGates<V> grad = lstm_cell_backward(gate, c_prev, c, dh, dc);
-        store_n<State>(dc_state + at, n, dc);
-        const V all[4] = {grad.i, grad.f, grad.g, grad.o};
-        for (int g = 0; g < 4; ++g) {
-          store_n<Element>(dgates + at_gates + g * H, n, all[g]);
-          store_n<State>(dgates_state + at_gates + g * H, n, all[g]);
-        }
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(1 - d, s), H = a.shape.H;
+    const int64_t packed_rows = where.packed_rows(), data_rows = where.data_rows();
+    for_units({d, active(where, part.rows, t), part.units}, [&](int64_t b, int64_t j, int64_t n) {
+      const int64_t at = wide_row(where, d, t, b, H) + j;
+      State* dgates_state = scratch_row(scratch.dgates, a.shape, s % 2 * a.shape.D + d, b, G * H) + j;
+      Element* dgates = static_cast<Element*>(a.dgates) + (d * packed_rows + where.packed(t, b)) * kGrads * H + j;
+      const auto gate = [&](int g) {
+        return load_n<Element>(element(a.gates) + (d * data_rows + where.data(t, b)) * kTape * H + g * H + j, n);
+      };
+      const auto give = [&](int column, V grad) { store_n<Element>(dgates + column * H, n, grad); };
+      const auto give_product = [&](int column, V grad) { store_n<State>(dgates_state + column * H, n, grad); };
+      const bool clears = where.clears(d, t, b);
+      State* dh_state = scratch_row(scratch.h, a.shape, d, b, H) + j;
+      V dh;
+      if (scratch.m) {
+        dh = load_n<State>(scratch_row(scratch.m, a.shape, d, b, H) + j, n);
+      } else {
+        dh = load_n<State>(dh_state, n);
+        if (a.dy) dh += load_n<Element>(element(a.dy) + at, n);
       }
+      if constexpr (cell == Cell::lstm) {
+        State* dc_state = scratch_row(scratch.c, a.shape, d, b, H) + j;
+        V dc = load_n<State>(dc_state, n);
+        if (a.dcells) dc += load_n<State>(state(a.dcells) + at, n);
+        const LstmGates<V> gates{gate(0), gate(1), gate(2), gate(3)};
+        const V c_prev = previous(where, d, t, b, j, n, state(a.cells), a.c0);
+        const LstmGates<V> grad = lstm_cell_backward(gates, c_prev, load_n<State>(state(a.cells) + at, n), dh, dc);
+        store_n<State>(dc_state, n, clears ? V{} : dc);
+        give(0, grad.i), give(1, grad.f), give(2, grad.g), give(3, grad.o);
+        give_product(0, grad.i), give_product(1, grad.f), give_product(2, grad.g), give_product(3, grad.o);
+      } else if constexpr (cell == Cell::gru) {
+        const GruGates<V> gates{gate(0), gate(1), gate(2), gate(3)};
+        const GruGates<V> grad = gru_cell_backward(gates, previous(where, d, t, b, j, n, element(a.y), a.h0), dh);
+        store_n<State>(dh_state, n, dh);
+        give(0, grad.r), give(1, grad.z), give(2, grad.n), give(3, grad.q);
+        give_product(0, grad.r), give_product(1, grad.z), give_product(2, grad.q);
+      } else {
+        const V h = load_n<Element>(element(a.y) + at, n);
+        const V grad = cell == Cell::rnn_tanh ? tanh_backward(h, dh) : relu_backward(h, dh);
+        give(0, grad), give_product(0, grad);
+      }
+    });
   }
 
   static void backward_product(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
-    switch (backward_columns(a.H)) {
-      case 1: return product<State, 1>(a, scratch, part, s);
-      case 2: return product<State, 2>(a, scratch, part, s);
-      default: return product<State, 4>(a, scratch, part, s);
-    }
-  }
-
-  static int cell_forward(const LstmCellForward& a) {
-    const int64_t H = a.H;
-    for (int64_t b = 0; b < a.B; ++b)
-      for (int64_t j = 0; j < H; j += lanes) {
-        const int64_t n = std::min(lanes, H - j);
-        Element* row = static_cast<Element*>(a.gates) + b * 4 * H + j;
-        LstmGates<V> gate{load_n<Element>(row, n), load_n<Element>(row + H, n), load_n<Element>(row + 2 * H, n),
-                          load_n<Element>(row + 3 * H, n)};
-        V h, c_prev{};
-        if (a.c_prev) c_prev = load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n);
-        const V c = lstm_cell(gate, c_prev, h);
-        store_n<Element>(row, n, gate.i);
-        store_n<Element>(row + H, n, gate.f);
-        store_n<Element>(row + 2 * H, n, gate.g);
-        store_n<Element>(row + 3 * H, n, gate.o);
-        store_n<State>(static_cast<State*>(a.c) + b * a.c_stride + j, n, c);
-        store_n<Element>(static_cast<Element*>(a.h) + b * a.h_stride + j, n, h);
-      }
-    return kLstmOk;
-  }
-
-  static int cell_backward(const LstmCellBackward& a) {
-    const int64_t H = a.H;
-    for (int64_t b = 0; b < a.B; ++b)
-      for (int64_t j = 0; j < H; j += lanes) {
-        const int64_t n = std::min(lanes, H - j);
-        const Element* row = static_cast<const Element*>(a.gates) + b * 4 * H + j;
-        const LstmGates<V> gate{load_n<Element>(row, n), load_n<Element>(row + H, n), load_n<Element>(row + 2 * H, n),
-                                load_n<Element>(row + 3 * H, n)};
-        V c_prev{};
-        if (a.c_prev) c_prev = load_n<State>(static_cast<const State*>(a.c_prev) + b * a.c_prev_stride + j, n);
-        const V c = load_n<State>(static_cast<const State*>(a.c) + b * a.c_stride + j, n);
-        V dh{};
-        if (a.dy) dh += load_n<Element>(static_cast<const Element*>(a.dy) + b * a.dy_stride + j, n);
-        if (a.dh) dh += load_n<Element>(static_cast<const Element*>(a.dh) + b * H + j, n);
-        State* dc_at = static_cast<State*>(a.dc) + b * H + j;
-        V dc = load_n<State>(dc_at, n);
-        if (a.dcell) dc += load_n<State>(static_cast<const State*>(a.dcell) + b * a.dcell_stride + j, n);
-        const LstmGates<V> grad = lstm_cell_backward(gate, c_prev, c, dh, dc);
-        store_n<State>(dc_at, n, dc);
-        Element* out = static_cast<Element*>(a.dgates) + b * 4 * H + j;
-        store_n<Element>(out, n, grad.i);
-        store_n<Element>(out + H, n, grad.f);
-        store_n<Element>(out + 2 * H, n, grad.g);
-        store_n<Element>(out + 3 * H, n, grad.o);
-      }
-    return kLstmOk;
+    const LstmRows where{a.shape, scratch.offsets};
+    const int d = part.direction;
+    const int64_t t = where.step(1 - d, s), O = output_size(a.shape);
+    for_products(state(scratch.w_hh[d]), scratch.hh, active(where, part.rows, t), part.units,
+                 scratch_row(scratch.dgates, a.shape, s % 2 * a.shape.D + d, 0, G * a.shape.H), s,
+                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
+                   const int64_t n = std::min(lanes, O - j);
+                   State* dh_state = scratch_row(scratch.h, a.shape, d, b, O) + j;
+                   V dh = Simd<State>::load(sums);
+                   if constexpr (cell == Cell::gru) dh += load_n<State>(dh_state, n);  // what went past the gates
+                   store_n<State>(dh_state, n, where.clears(d, t, b) ? V{} : dh);
+                 });
   }
 
   static const LstmKernels* table() {
-    static const LstmKernels kernels{SORA_ISA_NAME,
-                                     sizeof(State),
-                                     lanes,
-                                     unit_grain_backward,
-                                     packed_forward_size,
-                                     packed_backward_size,
-                                     pack_forward,
-                                     pack_backward,
-                                     forward_begin,
-                                     backward_begin,
-                                     forward_step,
-                                     backward_cell,
-                                     backward_product,
-                                     forward_end,
-                                     backward_end,
-                                     cell_forward,
-                                     cell_backward};
+    static const LstmKernels kernels{SORA_ISA_NAME,    lanes,          sizeof(State),    pack,
+                                     add_biases,       forward_begin,  backward_begin,   backward_end,
+                                     forward_cell,     forward_project, backward_outputs, backward_project,
+                                     backward_cell,    backward_product, LstmStep<Element>::forward,
+                                     LstmStep<Element>::backward};
     return &kernels;
   }
 };
 
-inline const LstmKernels* kernels_for(DType dtype) {
+template <class Element>
+const LstmKernels* table_for(Cell cell) {
+  switch (cell) {
+    case Cell::lstm: return Recurrence<Element, Cell::lstm>::table();
+    case Cell::gru: return Recurrence<Element, Cell::gru>::table();
+    case Cell::rnn_tanh: return Recurrence<Element, Cell::rnn_tanh>::table();
+    case Cell::rnn_relu: return Recurrence<Element, Cell::rnn_relu>::table();
+  }
+  return nullptr;
+}
+
+inline const LstmKernels* kernels_for(DType dtype, Cell cell) {
   switch (dtype) {
-    case DType::float32: return Recurrence<float>::table();
-    case DType::float64: return Recurrence<double>::table();
-    case DType::bfloat16: return Recurrence<BFloat16>::table();
+    case DType::float32: return table_for<float>(cell);
+    case DType::float64: return table_for<double>(cell);
+    case DType::bfloat16: return table_for<BFloat16>(cell);
     default: return nullptr;
   }
 }

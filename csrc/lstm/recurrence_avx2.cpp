@@ -3,6 +3,7 @@
 // What other translation units share comes before the instruction set is switched on: inline functions from here must
 // stay runnable anywhere.
 #include <type_traits>
+#include <utility>
 
 #include "lstm_kernels.h"
 
@@ -21,7 +22,7 @@
 
 namespace sora {
 
-const LstmKernels* lstm_kernels_avx2(DType dtype) { return avx2::kernels_for(dtype); }
+const LstmKernels* lstm_kernels_avx2(DType dtype, Cell cell) { return avx2::kernels_for(dtype, cell); }
 
 }  // namespace sora
 

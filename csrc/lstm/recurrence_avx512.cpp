@@ -2,7 +2,10 @@
 
 // What other translation units share comes before the instruction set is switched on: inline functions from here must
 // stay runnable anywhere.
+#include <immintrin.h>
+
 #include <type_traits>
+#include <utility>
 
 #include "lstm_kernels.h"
 
@@ -21,7 +24,7 @@
 
 namespace sora {
 
-const LstmKernels* lstm_kernels_avx512(DType dtype) { return avx512::kernels_for(dtype); }
+const LstmKernels* lstm_kernels_avx512(DType dtype, Cell cell) { return avx512::kernels_for(dtype, cell); }
 
 }  // namespace sora
 

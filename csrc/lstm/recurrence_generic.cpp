@@ -11,6 +11,6 @@
 
 namespace sora {
 
-const LstmKernels* lstm_kernels_generic(DType dtype) { return generic::kernels_for(dtype); }
+const LstmKernels* lstm_kernels_generic(DType dtype, Cell cell) { return generic::kernels_for(dtype, cell); }
 
 }  // namespace sora

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,12 +43,7 @@ def _on_cpu(facts: Facts) -> bool:
     return facts.device == _CPU or facts.device.type == "cpu"
 
 
-_HAS_CELLS = "cell" in inspect.signature(native.forward).parameters
-
-
 def _native_can_run(facts: Facts) -> Verdict:
-    if not _HAS_CELLS:
-        return no("the native kernels are being rewritten")
     if _on_cpu(facts):
         if facts.dtype not in native.CPU_DTYPES:
             return no(

@@ -1,8 +1,8 @@
-"""The layer through ``sora_kernels._C``: torch's GEMMs, and csrc/lstm for the chain over time.
+"""The layers through ``sora_kernels._C``: torch's GEMMs, and csrc/lstm for the chain over time.
 
 Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums
-in registers and threads over rows or units. *Steps*: one GEMM and one cell kernel a step, on the
-current stream; the way on CUDA, and on the CPU where there are too few steps to pay for packing.
+in registers and threads over rows or units; every cell and feature. *Steps* (steps.py): one GEMM and
+one kernel a step; LSTM on CUDA, and on the CPU where there are too few steps to pay for packing.
 """
 
 from __future__ import annotations
@@ -10,231 +10,220 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _native
+from . import steps
+from .arguments import Sizes
+from .cells import GRU, LSTM, Cell
+from .pointers import CPU_DTYPES, DTYPE_CODES, pointable, pointer
 from .reference import Result, state_dtype
+from .rows import Rows
 
-# As enum DType in csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+__all__ = ["CPU_DTYPES", "DTYPE_CODES", "backward", "forward"]
 
 
 def forward(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    bias: bool,
+    cell: Cell, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, bias: bool,
     tapes: bool,
-) -> Result | tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.layer`` without lengths, resets and projection; its first three without tapes."""
-    T, B, width = x.shape
-    per = 4 if bias else 2
-    D, H = len(weights) // per, weights[1].shape[1]
-    h0, c0 = _pointable(x, h0), _pointable(x, c0)
-    if D == 1:
-        gates = F.linear(x, weights[0], weights[2] + weights[3] if bias else None)
-    else:
-        flat, gates = x.reshape(T * B, width), x.new_empty(D, T, B, 4 * H)
-        for d in range(D):
-            _project(flat, weights[d * per : (d + 1) * per], bias, gates[d].view(T * B, 4 * H))
-    y, h_n, c_n = x.new_empty(T, B, D * H), x.new_empty(D, B, H), x.new_empty(D, B, H)
-    cells = x.new_empty(T, B, D * H, dtype=state_dtype(x.dtype)) if tapes else None
-    if x.is_cuda or not _worth_packing(T, B, H):
-        _forward_steps(
-            h0,
-            c0,
-            weights[1::per],
-            gates.view(D, T, B, 4 * H),
-            y,
-            cells,
-            h_n,
-            c_n,
-        )
-    else:
-        w_hh = _pointable(x, weights[1])
-        w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
-        _native.module().lstm_forward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), _pointer(w_hh),
-            _pointer(w_hh_reverse), _pointer(h0), _pointer(c0), y.data_ptr(), _pointer(cells),
-            h_n.data_ptr(), c_n.data_ptr(), _native.num_threads(),
-        )  # fmt: skip
-    if cells is None:
-        return y, h_n, c_n
-    return Result(y, h_n, c_n, cells, gates.view(D, T, B, 4 * H))
+) -> Result:  # fmt: skip
+    """As ``reference.layer``."""
+    h0, c0 = pointable(x, h0), pointable(x, c0)
+    if _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+        return steps.forward(x, h0, c0, weights, bias, tapes)
+    rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
+    (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
+    weights = [pointable(x, w) for w in weights]
+    width = (cell.tape if tapes and rows.index is None else 0) or G
+    inputs = _input_products(rows.packed(x), weights, D, G * H, width * H)
+    y, gates, cells, c_n = rows.empty(x, D * O), None, None, None
+    if tapes and cell.tape:
+        gates = inputs if rows.index is None else x.new_empty(D, rows.T * rows.B, cell.tape * H)
+    if cell.has_c:
+        c_n = x.new_empty(D, rows.B, H)
+        cells = rows.empty(x, D * H, state_dtype(x.dtype)) if tapes else None
+    h_n = x.new_empty(D, rows.B, O)
+    shape, keep = _shape(cell, rows, sizes, reset)
+    _native.module().lstm_forward_cpu(
+        DTYPE_CODES[x.dtype], shape, inputs.data_ptr(), width * H,
+        _addresses(weights, sizes, bias), pointer(h0), pointer(c0), pointer(gates), y.data_ptr(),
+        pointer(cells), h_n.data_ptr(), pointer(c_n), _native.num_threads(),
+    )  # fmt: skip
+    del keep
+    if gates is not None:
+        gates = gates.view(D, *rows.shape, cell.tape * H)
+    return Result(y, h_n, c_n, cells, gates)
 
 
 def backward(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
-    y: Tensor, cells: Tensor, gates: Tensor, bias: bool, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """As ``reference.layer_backward``, for what ``needs`` says of x, h0, c0 and each weight."""
-    T, B, width = x.shape
-    per = 4 if bias else 2
-    D, H = len(weights) // per, weights[1].shape[1]
-    h0, c0, dy, dh_n, dc_n = (_pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
-    dcells = _pointable(cells, dcells)
-    dgates = torch.empty_like(gates)
-    dh0, dc0 = x.new_empty(D, B, H), x.new_empty(D, B, H)
-    if x.is_cuda or not _worth_packing(T, B, H):
-        _backward_steps(dy, dh_n, dc_n, dcells, c0, weights[1::per], cells, gates, dgates, dh0, dc0)
-    else:
-        w_hh = _pointable(x, weights[1])
-        w_hh_reverse = _pointable(x, weights[per + 1]) if D == 2 else None
-        _native.module().lstm_backward_cpu(
-            DTYPE_CODES[x.dtype], T, B, H, D, gates.data_ptr(), cells.data_ptr(), _pointer(w_hh),
-            _pointer(w_hh_reverse), _pointer(c0), _pointer(dy), _pointer(dcells), _pointer(dh_n),
-            _pointer(dc_n), dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(),
-            _native.num_threads(),
-        )  # fmt: skip
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
+    cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """As ``reference.layer_backward``, for what ``needs`` says of x, the states and each weight."""
+    h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
+    if _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+        return steps.backward(
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, bias, needs
+        )
+    rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
+    (D, H, P), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
+    weights, packed_x, y = [pointable(x, w) for w in weights], rows.packed(x), y.contiguous()
+    shape, keep = _shape(cell, rows, sizes, reset)
+    per = len(weights) // D
+    first = 2 + cell.has_c  # of the weights in needs
+    h_prev: list[Tensor | None] = [None] * D
+    again = cell.tape > 0 and gates is None
+    for d in range(D):
+        if again or needs[first + d * per + 1]:
+            h_prev[d] = _previous_states(rows, shape, sizes, d, y, h0)
+    if again:
+        cells, gates = _tapes_again(
+            cell, rows, sizes, shape, weights, bias, packed_x, h_prev, h0, c0
+        )
+    columns = 4 if cell is GRU else G  # of dgates, see LstmBackward
+    dgates, dh = x.new_empty(D, rows.N, columns * H), x.new_empty(D, rows.N, P)
+    dh0, dc0 = x.new_empty(D, rows.B, O), x.new_empty(D, rows.B, H) if cell.has_c else None
+    if cells is not None:
+        dcells = pointable(cells, dcells)
+    _native.module().lstm_backward_cpu(
+        DTYPE_CODES[x.dtype], shape, pointer(gates), pointer(cells), y.data_ptr(), _addresses(weights, sizes, bias),
+        pointer(h0), pointer(c0), pointer(dy), pointer(dcells), pointer(dh_n), pointer(dc_n),
+        dgates.data_ptr(), pointer(dh), dh0.data_ptr(), pointer(dc0), _native.num_threads(),
+    )  # fmt: skip
+    del keep
 
-    flat = x.reshape(T * B, width)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = [None] * len(weights)
     for d in range(D):
-        own = dgates[d].view(T * B, 4 * H)
+        start, of_x = d * per, dgates[d, :, : G * H]
+        w_ih = weights[start]
+        wanted = needs[first + start : first + start + per]
         if needs[0]:
-            w_ih = weights[d * per]
-            dx = own @ w_ih if dx is None else dx.addmm_(own, w_ih)
-        needs_own = needs[3 + d * per : 3 + (d + 1) * per]
-        if needs_own[0]:
-            dweights[d * per] = own.t() @ flat
-        if needs_own[1]:
-            dweights[d * per + 1] = _dw_hh(own, y, h0, d, H)
-        if bias and (needs_own[2] or needs_own[3]):
-            db = own.sum(0)
-            dweights[d * per + 2] = db
-            dweights[d * per + 3] = db.clone() if needs_own[2] and needs_own[3] else db
-    return None if dx is None else dx.view(T, B, width), dh0, dc0, dweights
+            dx = of_x @ w_ih if dx is None else dx.addmm_(of_x, w_ih)
+        if wanted[0]:
+            dweights[start] = of_x.t() @ packed_x
+        if wanted[1]:
+            states = h_prev[d]
+            assert states is not None
+            dweights[start + 1] = _dw_hh(cell, dgates[d], states)
+        if bias and (wanted[2] or wanted[3]):
+            dweights[start + 2 : start + 4] = _db(cell, dgates[d])
+        if P and wanted[-1]:
+            assert gates is not None and cells is not None
+            o = rows.packed(gates.view(D, *rows.shape, 4 * H)[d][..., 3 * H :])
+            c = rows.packed(cells.view(*rows.shape, D * H)[..., d * H : (d + 1) * H])
+            dweights[start + per - 1] = dh[d].t() @ (o * c.tanh()).to(x.dtype)
+    return None if dx is None else rows.given(dx), dh0, dc0, dweights
 
 
-def _pointable(like: Tensor, t: Tensor | None) -> Tensor | None:
-    """``t`` as memory that a kernel may read beside ``like``: the last check before pointers."""
-    if t is None:
-        return None
-    if t.dtype != like.dtype or t.device != like.device:
-        raise ValueError(
-            f"lstm: expected every tensor to be {like.dtype} on {like.device}, "
-            f"got {t.dtype} on {t.device}"
-        )
-    return t if t.is_contiguous() else t.contiguous()
+def _walks_steps(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None,
+    lengths: Tensor | None, reset: Tensor | None, bias: bool,
+) -> bool:  # fmt: skip
+    """Whether the call goes step by step: what backends.py lets come here on CUDA, and on the CPU
+    where T times GEMM and cell beat one kernel, which packs 4 H^2 values first.
+    """
+    if x.is_cuda:
+        return True
+    if cell is not LSTM or batch_sizes is not None or lengths is not None or reset is not None:
+        return False
+    H, P = weights[1].shape[0] // 4, weights[1].shape[1]
+    T, B = x.shape[:2]
+    return H == P and len(weights) % 2 == 0 and steps.faster(T, B, H)
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _shape(
+    cell: Cell, rows: Rows, sizes: Sizes, reset: Tensor | None
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """LstmShape, and what must live as long as it is used."""
+    D, H, P = sizes
+    if reset is not None:
+        reset = reset.contiguous()
+    shape = (
+        cell.code, rows.T, rows.B, H, P, D, pointer(rows.batch_sizes), pointer(rows.order),
+        pointer(reset),
+    )  # fmt: skip
+    return shape, (rows.batch_sizes, rows.order, reset)
 
 
-def _project(x: Tensor, weights: Sequence[Tensor], bias: bool, out: Tensor) -> Tensor:
-    """[T*B, I] -> x W_ih^T + b_ih + b_hh, [T*B, 4H]."""
-    w = weights[0].t()
-    if bias:
-        return torch.addmm(weights[2] + weights[3], x, w, out=out)
-    return torch.mm(x, w, out=out)
+def _addresses(weights: Sequence[Tensor], sizes: Sizes, bias: bool) -> tuple[int, ...]:
+    """w_hh, b_ih, b_hh, w_hr: both directions of each, 0 for what is not there."""
+    per = len(weights) // sizes.directions
+    places = (1, *((2, 3) if bias else (-1, -1)), per - 1 if sizes.proj_size else -1)
+    return tuple(
+        weights[d * per + k].data_ptr() if k >= 0 and d < sizes.directions else 0
+        for k in places
+        for d in (0, 1)
+    )
 
 
-def _worth_packing(T: int, B: int, H: int) -> bool:
-    """Whether one CPU kernel beats T times GEMM and cell: it packs 4 H^2 values first."""
-    return H < 192 or T > (4 if B == 1 else 2)
+def _input_products(x: Tensor, weights: Sequence[Tensor], D: int, used: int, width: int) -> Tensor:
+    """x W_ih^T of each direction in the first ``used`` columns of [D, N, width]."""
+    per, products = len(weights) // D, x.new_empty(D, len(x), width)
+    for d in range(D):
+        torch.mm(x, weights[d * per].t(), out=products[d, :, :used])
+    return products
 
 
-def _previous_rows(y: Tensor, d: int, H: int, T: int, B: int) -> tuple[Tensor, slice]:
-    """Direction d's outputs that some step started from, [(T-1)*B, H], and those steps' rows."""
-    rows = (y[:-1] if d == 0 else y[1:]).view((T - 1) * B, y.shape[-1])
-    return rows[:, d * H : (d + 1) * H], slice(B, None) if d == 0 else slice(0, (T - 1) * B)
+def _previous_states(
+    rows: Rows, shape: tuple[int, ...], sizes: Sizes, d: int, y: Tensor, h0: Tensor | None
+) -> Tensor:
+    """The h that each step of direction d started from, [N, P]."""
+    h_prev = y.new_empty(rows.N, sizes.output_size)
+    _native.module().lstm_previous_states_cpu(
+        y.element_size(), shape, d, y.data_ptr(), pointer(h0), h_prev.data_ptr()
+    )
+    return h_prev
 
 
-def _dw_hh(dgates: Tensor, y: Tensor, h0: Tensor | None, d: int, H: int) -> Tensor:
-    """sum over t of dgates(t)^T h(t-1), [4H, H]: y is h, a step late."""
-    T, B = y.shape[:2]
-    rows, steps = _previous_rows(y, d, H, T, B)
-    dw = dgates[steps].t() @ rows
-    if h0 is not None:
-        first = dgates[:B] if d == 0 else dgates[-B:] if B else dgates
-        dw.addmm_(first.t(), h0[d])
+def _tapes_again(
+    cell: Cell, rows: Rows, sizes: Sizes, shape: tuple[int, ...], weights: Sequence[Tensor],
+    bias: bool, packed_x: Tensor, h_prev: Sequence[Tensor | None], h0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """cells and gates from x and y: with every h known, the products of all steps are one GEMM."""
+    (D, H, _), G, tape = sizes, cell.gates, cell.tape
+    per = len(weights) // D
+    products = _input_products(packed_x, weights, D, G * H, tape * H)
+    added = 2 * H if cell is GRU else G * H  # a GRU's W_hn h stays by itself
+    for d in range(D):
+        states, w_hh = h_prev[d], weights[d * per + 1].t()
+        assert states is not None
+        products[d, :, :added].addmm_(states, w_hh[:, :added])
+        if cell is GRU:
+            torch.mm(states, w_hh[:, added:], out=products[d, :, 3 * H :])
+    gates = products
+    if rows.index is not None:
+        gates = packed_x.new_empty(D, rows.T * rows.B, tape * H)
+    cells = None
+    if cell.has_c:
+        cells = rows.empty(packed_x, D * H, state_dtype(packed_x.dtype))
+    addresses = (0, 0, *_addresses(weights, sizes, bias)[2:6], 0, 0)
+    _native.module().lstm_forward_cpu(
+        DTYPE_CODES[packed_x.dtype], shape, products.data_ptr(), tape * H, addresses, pointer(h0),
+        pointer(c0), gates.data_ptr(), 0, pointer(cells), 0, 0, _native.num_threads(),
+    )  # fmt: skip
+    return cells, gates
+
+
+def _dw_hh(cell: Cell, dgates: Tensor, h_prev: Tensor) -> Tensor:
+    """sum over pairs of the gradient of W_hh h, times h: [G*H, P]."""
+    if cell is not GRU:
+        return dgates.t() @ h_prev
+    H = dgates.shape[1] // 4
+    dw = h_prev.new_empty(3 * H, h_prev.shape[1])
+    torch.mm(dgates[:, : 2 * H].t(), h_prev, out=dw[: 2 * H])
+    torch.mm(dgates[:, 3 * H :].t(), h_prev, out=dw[2 * H :])
     return dw
 
 
-def _stream(t: Tensor) -> tuple[int, int]:
-    """Device index (-1 for the CPU) and raw handle of the current stream."""
-    if not t.is_cuda:
-        return -1, 0
-    index = t.device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)
-
-
-def _forward_steps(
-    h0: Tensor | None, c0: Tensor | None, w_hh: Sequence[Tensor], gates: Tensor, y: Tensor,
-    cells: Tensor | None, h_n: Tensor, c_n: Tensor,
-) -> None:  # fmt: skip
-    D, T, B, H4 = gates.shape
-    H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], state_dtype(gates.dtype)
-    cell = _native.module().lstm_cell_forward
-    device, stream = _stream(gates)
-    size, state_size = gates.element_size(), state.itemsize
-    for d in range(D):
-        w = w_hh[d].t()
-        own_gates = gates[d].unbind(0)
-        own_y = y.unflatten(-1, (D, H))[:, :, d].unbind(0)
-        h = None if h0 is None else h0[d]
-        c_state = None if c0 is None else c0[d].to(state, copy=True)
-        if c_state is None and cells is None:
-            c_state = torch.zeros(B, H, dtype=state, device=gates.device)
-        c_prev, c_prev_stride = (0, H) if c_state is None else (c_state.data_ptr(), H)
-        for t in range(T) if d == 0 else reversed(range(T)):
-            if h is not None:
-                own_gates[t].addmm_(h, w)
-            c, c_stride = c_prev, H
-            if cells is not None:
-                c, c_stride = cells.data_ptr() + (t * B * D + d) * H * state_size, D * H
-            cell(
-                code, B, H, gates.data_ptr() + (d * T + t) * B * 4 * H * size, c_prev,
-                c_prev_stride, c, c_stride, y.data_ptr() + (t * B * D + d) * H * size, D * H,
-                device, stream,
-            )  # fmt: skip
-            h, c_prev, c_prev_stride = own_y[t], c, c_stride
-        h_n[d].copy_(h)  # type: ignore[arg-type]
-        last = T - 1 if d == 0 else 0
-        c_n[d].copy_(c_state if cells is None else cells[last, :, d * H : (d + 1) * H])  # type: ignore[arg-type]
-
-
-def _backward_steps(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    c0: Tensor | None, w_hh: Sequence[Tensor], cells: Tensor, gates: Tensor, dgates: Tensor,
-    dh0: Tensor, dc0: Tensor,
-) -> None:  # fmt: skip
-    D, T, B, H4 = gates.shape
-    H, code, state = H4 // 4, DTYPE_CODES[gates.dtype], cells.dtype
-    cell = _native.module().lstm_cell_backward
-    device, stream = _stream(gates)
-    size, state_size = gates.element_size(), state.itemsize
-    for d in range(D):
-        w = w_hh[d]
-        own_dgates = dgates[d].unbind(0)
-        c_first = None if c0 is None else c0[d].to(state)
-        dh = None if dh_n is None else dh_n[d]
-        dc = torch.zeros(B, H, dtype=state, device=gates.device)
-        if dc_n is not None:
-            dc.copy_(dc_n[d])
-        for s in range(T):
-            t = T - 1 - s if d == 0 else s
-            row = (t * B * D + d) * H
-            if s < T - 1:
-                earlier = row - B * D * H if d == 0 else row + B * D * H
-                c_prev, c_prev_stride = cells.data_ptr() + earlier * state_size, D * H
-            else:
-                c_prev, c_prev_stride = (0 if c_first is None else c_first.data_ptr()), H
-            step = (d * T + t) * B * 4 * H * size
-            cell(
-                code, B, H, gates.data_ptr() + step, c_prev, c_prev_stride,
-                cells.data_ptr() + row * state_size, D * H,
-                0 if dy is None else dy.data_ptr() + row * size, D * H,
-                0 if dcells is None else dcells.data_ptr() + row * state_size, D * H,
-                0 if dh is None else dh.data_ptr(), dc.data_ptr(), dgates.data_ptr() + step,
-                device, stream,
-            )  # fmt: skip
-            dh = torch.mm(own_dgates[t], w)
-        dh0[d].copy_(dh)  # type: ignore[arg-type]
-        dc0[d].copy_(dc)
+def _db(cell: Cell, dgates: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of b_ih and b_hh, in memory of their own."""
+    db = dgates.sum(0)
+    if cell is not GRU:
+        return db, db.clone()
+    H = dgates.shape[1] // 4
+    return db[: 3 * H].clone(), torch.cat((db[: 2 * H], db[3 * H :]))

@@ -71,17 +71,23 @@ def split_weights(weights: Sequence[Tensor], bias: bool) -> list[Weights]:
     return directions
 
 
+def packed_sizes(batch_sizes: Tensor, x: Tensor) -> list[int]:
+    """``batch_sizes`` as numbers, once they fit ``x`` [N, I]."""
+    sizes: list[int] = batch_sizes.tolist()
+    if sum(sizes) != len(x) or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
+        raise ValueError(
+            f"batch_sizes: expected {len(x)} rows in steps of at least one, none larger than the one "
+            f"before, got {sizes}"
+        )
+    return sizes
+
+
 class Packing:
     """Between [N, ...], the rows of ``PackedSequence``, and [T, B, ...] with ``lengths``."""
 
     def __init__(self, batch_sizes: Tensor, x: Tensor) -> None:
-        T, B, device = len(batch_sizes), int(batch_sizes[0]), x.device
-        sizes = batch_sizes.tolist()
-        if sum(sizes) != len(x) or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
-            raise ValueError(
-                f"batch_sizes: expected {len(x)} rows in steps of at least one, none larger than the "
-                f"one before, got {sizes}"
-            )
+        sizes, device = packed_sizes(batch_sizes, x), x.device
+        T, B = len(sizes), sizes[0]
         starts, rows = batch_sizes.cumsum(0) - batch_sizes, torch.arange(B)
         live = rows < batch_sizes[:, None]
         step = torch.repeat_interleave(torch.arange(T), batch_sizes)

@@ -1,0 +1,33 @@
+"""Tensors as the addresses that ``sora_kernels._C`` takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# As enum DType in csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def pointable(like: Tensor, t: Tensor | None) -> Tensor | None:
+    """``t`` as memory that a kernel may read beside ``like``: the last check before pointers."""
+    if t is None:
+        return None
+    if t.dtype != like.dtype or t.device != like.device:
+        raise ValueError(
+            f"expected every tensor to be {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
+        )
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def stream(t: Tensor) -> tuple[int, int]:
+    """Device index (-1 for the CPU) and raw handle of the current stream."""
+    if not t.is_cuda:
+        return -1, 0
+    index = t.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
