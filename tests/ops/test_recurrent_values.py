@@ -69,11 +69,18 @@ def named(*tables):
 
 
 def check(call, backend, plain_backend):
-    truth = call.to(torch.float64).run(backend="reference")
-    plain = call.run(backend=plain_backend)
-    ours = call.run(backend=backend)
-    assert list(ours) == list(truth) == [*call.outputs, *(f"d{name}" for name in call.inputs)]
     kink = call.kind == "rnn_relu"
+    for _ in range(20):
+        truth = call.to(torch.float64).run(backend="reference")
+        plain = call.run(backend=plain_backend)
+        ours = call.run(backend=backend)
+        mask = truth["y"] > 0
+        if not kink or (torch.equal(ours["y"] > 0, mask) and torch.equal(plain["y"] > 0, mask)):
+            break
+        # A unit within rounding of zero fell on the other side of relu: its gradient is another.
+        x = call.inputs["x"]
+        call = call.with_inputs(x=torch.randn(x.shape).to(x.dtype))
+    assert list(ours) == list(truth) == [*call.outputs, *(f"d{name}" for name in call.inputs)]
     for name in ours:
         rough = kink and name not in call.outputs
         assert_within_2x(ours[name], plain[name], truth[name], name=name, kink=rough)

@@ -35,11 +35,12 @@ def forward(
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights = [pointable(x, w) for w in weights]
-    width = (cell.tape if tapes and rows.index is None else 0) or G
+    width = (cell.tape if tapes and rows.places is None else 0) or G
     inputs = _input_products(rows.packed(x), weights, D, G * H, width * H)
     y, gates, cells, c_n = rows.empty(x, D * O), None, None, None
     if tapes and cell.tape:
-        gates = inputs if rows.index is None else x.new_empty(D, rows.T * rows.B, cell.tape * H)
+        # Zero past a row's length: an op's outputs must not differ from run to run.
+        gates = inputs if rows.places is None else x.new_zeros(D, rows.T * rows.B, cell.tape * H)
     if cell.has_c:
         c_n = x.new_empty(D, rows.B, H)
         cells = rows.empty(x, D * H, state_dtype(x.dtype)) if tapes else None
@@ -196,7 +197,7 @@ def _tapes_again(
         if cell is GRU:
             torch.mm(states, w_hh[:, added:], out=products[d, :, 3 * H :])
     gates = products
-    if rows.index is not None:
+    if rows.places is not None:
         gates = packed_x.new_empty(D, rows.T * rows.B, tape * H)
     cells = None
     if cell.has_c:

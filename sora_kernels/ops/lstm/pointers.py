@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Given = TypeVar("Given", bound=Tensor | None)
 
 # As enum DType in csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def pointable(like: Tensor, t: Tensor | None) -> Tensor | None:
+def pointable(like: Tensor, t: Given) -> Given:
     """``t`` as memory that a kernel may read beside ``like``: the last check before pointers."""
     if t is None:
-        return None
+        return t
     if t.dtype != like.dtype or t.device != like.device:
         raise ValueError(
             f"expected every tensor to be {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
         )
-    return t if t.is_contiguous() else t.contiguous()
+    return t if t.is_contiguous() else t.contiguous()  # type: ignore[return-value]
 
 
 def pointer(t: Tensor | None) -> int:

@@ -40,7 +40,7 @@ class Result(NamedTuple):
     """``y`` [T, B, D*P], ``h_n`` [D, B, P], LSTM's ``c_n`` [D, B, H]; for backward (and ``cells`` for
     the caller who asks): ``cells`` [T, B, D*H] in the state dtype and ``gates`` [D, T, B, tape*H],
     see ``Cell.tape``. What a cell has not, or nobody wants, is None. ``y`` and ``cells`` are 0 past
-    a row's length; ``gates`` are undefined there.
+    a row's length; ``gates`` mean nothing there.
     """
 
     y: Tensor

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
         N: pairs.
         batch_sizes, order: int64 on the CPU, or None; batch_sizes do not increase, and row b of them
             is the batch's row order[b].
-        index: int64 [N]: each pair's row in a flat [T*B] array, or None where they are the same.
+        places: int64 [N]: each pair's row in a flat [T*B] array, or None where they are the same.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     N: int
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
-    index: Tensor | None = None
+    places: Tensor | None = None
 
     @classmethod
     def of(
@@ -47,21 +47,21 @@ class Rows(NamedTuple):
             return cls((T, B), T, B, T * B)
         longest_first, order = lengths.to("cpu", torch.int64).sort(descending=True, stable=True)
         live = torch.arange(T)[:, None] < longest_first
-        index = (torch.arange(T)[:, None] * B + order)[live]
-        return cls((T, B), T, B, len(index), live.sum(1), order, index)
+        places = (torch.arange(T)[:, None] * B + order)[live]
+        return cls((T, B), T, B, len(places), live.sum(1), order, places)
 
     def packed(self, t: Tensor) -> Tensor:
         """[*shape, I] -> [N, I]."""
         flat = t.reshape(-1, t.shape[-1]) if len(self.shape) == 2 else t
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return flat if self.places is None else flat.index_select(0, self.places)
 
     def given(self, t: Tensor) -> Tensor:
         """[N, I] -> [*shape, I], 0 past a row's length."""
-        if self.index is not None:
-            t = t.new_zeros(self.T * self.B, t.shape[-1]).index_copy_(0, self.index, t)
+        if self.places is not None:
+            t = t.new_zeros(self.T * self.B, t.shape[-1]).index_copy_(0, self.places, t)
         return t.view(*self.shape, t.shape[-1])
 
     def empty(self, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """[*shape, width] for a kernel to fill, 0 where it will not."""
-        make = like.new_empty if self.index is None else like.new_zeros
+        make = like.new_empty if self.places is None else like.new_zeros
         return make((*self.shape, width), dtype=dtype)
