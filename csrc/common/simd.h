@@ -85,6 +85,43 @@ inline __attribute__((always_inline)) void store_n(Element* p, int64_t n, typena
   __builtin_memcpy(p, lanes, n * sizeof(Element));
 }
 
+// Two vectors whose operations alternate, so that the latency of one's hides behind the other's.
+template <class V>
+struct Pair {
+  V a, b;
+};
+#define SORA_PAIR_OPERATOR(op)                                                                        \
+  template <class V>                                                                                  \
+  inline __attribute__((always_inline)) Pair<V> operator op(const Pair<V>& x, const Pair<V>& y) {     \
+    return {x.a op y.a, x.b op y.b};                                                                  \
+  }                                                                                                   \
+  template <class V>                                                                                  \
+  inline __attribute__((always_inline)) Pair<V> operator op(const Pair<V>& x,                         \
+                                                            typename Lanes<V>::Scalar y) {            \
+    return {x.a op y, x.b op y};                                                                      \
+  }                                                                                                   \
+  template <class V>                                                                                  \
+  inline __attribute__((always_inline)) Pair<V> operator op(typename Lanes<V>::Scalar x,              \
+                                                            const Pair<V>& y) {                       \
+    return {x op y.a, x op y.b};                                                                      \
+  }
+SORA_PAIR_OPERATOR(+)
+SORA_PAIR_OPERATOR(-)
+SORA_PAIR_OPERATOR(*)
+#undef SORA_PAIR_OPERATOR
+template <class V>
+inline __attribute__((always_inline)) Pair<V> operator-(const Pair<V>& x) {
+  return {-x.a, -x.b};
+}
+template <class V>
+inline __attribute__((always_inline)) Pair<V> clamped(const Pair<V>& x, const Pair<V>& lowest, const Pair<V>& highest) {
+  return {sora::clamped(x.a, lowest.a, highest.a), sora::clamped(x.b, lowest.b, highest.b)};
+}
+template <class V>
+inline __attribute__((always_inline)) Pair<V> power_of_two(const Pair<V>& x) {
+  return {sora::power_of_two(x.a), sora::power_of_two(x.b)};
+}
+
 // low: a0 b0 a1 b1 ... of the first halves; high: of the second.
 template <class V, int... I>
 inline __attribute__((always_inline)) void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
@@ -133,6 +170,14 @@ struct Lanes<SORA_ISA::VecD> {
   using Scalar = double;
   using Bits = SORA_ISA::VecU64;
   static SORA_HOST_DEVICE SORA_ISA::VecD quotient(SORA_ISA::VecD a, SORA_ISA::VecD b) { return a / b; }
+};
+
+template <class V>
+struct Lanes<SORA_ISA::Pair<V>> {
+  using Scalar = typename Lanes<V>::Scalar;
+  static SORA_HOST_DEVICE SORA_ISA::Pair<V> quotient(const SORA_ISA::Pair<V>& a, const SORA_ISA::Pair<V>& b) {
+    return {Lanes<V>::quotient(a.a, b.a), Lanes<V>::quotient(a.b, b.b)};
+  }
 };
 
 }  // namespace sora

@@ -15,10 +15,9 @@ struct LstmGates {
 // gates: before -> after activation. Returns c; h through `h`.
 template <class V>
 SORA_HOST_DEVICE V lstm_cell(LstmGates<V>& gates, V c_prev, V& h) {
-  gates.i = sigmoid(gates.i);
-  gates.f = sigmoid(gates.f);
-  gates.g = tanh(gates.g);
-  gates.o = sigmoid(gates.o);
+  V active[4] = {gates.i, gates.f, gates.o, gates.g};
+  activate<3>(active);
+  gates = {active[0], active[1], active[3], active[2]};
   const V c = gates.f * c_prev + gates.i * gates.g;
   h = gates.o * tanh(c);
   return c;
@@ -50,8 +49,10 @@ struct GruGates {
 // r, z: before -> after activation; n: part from x -> after activation. Returns h.
 template <class V>
 SORA_HOST_DEVICE V gru_cell(GruGates<V>& gates, V h_prev) {
-  gates.r = sigmoid(gates.r);
-  gates.z = sigmoid(gates.z);
+  V active[2] = {gates.r, gates.z};
+  activate<2>(active);
+  gates.r = active[0];
+  gates.z = active[1];
   gates.n = tanh(gates.n + gates.r * gates.q);
   return gates.n + gates.z * (h_prev - gates.n);
 }

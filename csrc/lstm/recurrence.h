@@ -19,6 +19,7 @@ constexpr int64_t kMaxColumns = 4;
 // a first-level cache, and are read once for every kMaxRows rows.
 constexpr int64_t kBlockRows = 48;
 constexpr int64_t kSliceTerms = 64;
+constexpr int64_t kPlacesAhead = 8;  // whose inputs are prefetched
 
 // sums[r][c] = (add ? sums[r][c] : 0) + sum over k of packed[k][c] * x[r][k], each [c] a vector.
 template <class State, int R, int C>
@@ -83,41 +84,79 @@ void multiply(const State* packed, const State* x, int64_t x_stride, int64_t dep
     }
 }
 
-// Calls each(row, unit, sums) for the products of rows x [B, depth] with packed weights: a vector of units, and the
-// packing's gates of it in `sums`. Without weights (null) the sums are 0. Odd steps walk the units backwards: what is
-// left of the weights in the nearer caches is used before it is evicted.
-template <class State, class Each>
+// A vector of units of one row, and its sums. `slot` counts the rows since the last call of prepare.
+template <class State>
+struct Place {
+  int64_t row, slot, unit;
+  const State* sums;
+};
+
+// Calls each(places, integral constant of their number) for the products of rows x [B, depth] with packed weights: a
+// vector of units, and the packing's gates of it in `sums`; two places at a time, see Pair. prepare(rows) comes before
+// the first place of some rows, ahead(place) some places before each. Without weights (null) the sums are 0. Odd steps
+// walk the units backwards: what is left of the weights in the nearer caches is used before it is evicted.
+template <class State, class Prepare, class Ahead, class Each>
 void for_products(const State* packed, const LstmPacking& packing, Range rows, Range units, const State* x,
-                  int64_t step, const Each& each) {
+                  int64_t step, const Prepare& prepare, const Ahead& ahead, const Each& each) {
   constexpr int64_t lanes = Simd<State>::lanes;
-  const int64_t grain = packing.grain(lanes), columns = packing.columns();
+  const int64_t grain = packing.grain(lanes), columns = packing.columns(), depth = packing.depth;
   const int64_t blocks = (units.end - units.begin + grain - 1) / grain;
   alignas(64) State sums[kBlockRows * kMaxColumns * lanes];
-  if (!packed) std::fill(sums, sums + kBlockRows * kMaxColumns * lanes, State(0));
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t unit = units.begin + (step % 2 ? blocks - 1 - i : i) * grain;
-    for (int64_t first = rows.begin; first < rows.end; first += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, rows.end - first), depth = packing.depth;
-      if (packed) {
-        const State *w = packed + unit * packing.gates * depth, *from = x + first * depth;
-        switch (columns) {
-          case 1: multiply<State, 1>(w, from, depth, depth, count, sums); break;
-          case 2: multiply<State, 2>(w, from, depth, depth, count, sums); break;
-          case 3: multiply<State, 3>(w, from, depth, depth, count, sums); break;
-          case 4: multiply<State, 4>(w, from, depth, depth, count, sums); break;
+  Place<State> places[kBlockRows * kMaxColumns];
+  for (int64_t first = rows.begin; first < rows.end; first += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, rows.end - first), together = std::min(blocks, kBlockRows / count);
+    if (!packed) std::fill(sums, sums + together * count * columns * lanes, State(0));
+    prepare(Range{first, first + count});
+    for (int64_t i = 0; i < blocks; i += together) {
+      int64_t found = 0;
+      for (int64_t k = 0; k < together && i + k < blocks; ++k) {
+        const int64_t unit = units.begin + (step % 2 ? blocks - 1 - i - k : i + k) * grain;
+        State* own = sums + k * count * columns * lanes;
+        if (packed) {
+          const State *w = packed + unit * packing.gates * depth, *from = x + first * depth;
+          switch (columns) {
+            case 1: multiply<State, 1>(w, from, depth, depth, count, own); break;
+            case 2: multiply<State, 2>(w, from, depth, depth, count, own); break;
+            case 3: multiply<State, 3>(w, from, depth, depth, count, own); break;
+            case 4: multiply<State, 4>(w, from, depth, depth, count, own); break;
+          }
         }
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t v = 0; v < packing.vectors && unit + v * lanes < units.end; ++v)
+            places[found++] = {first + r, r, unit + v * lanes, own + (r * columns + v * packing.gates) * lanes};
       }
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t v = 0; v < packing.vectors && unit + v * lanes < units.end; ++v)
-          each(first + r, unit + v * lanes, sums + (r * columns + v * packing.gates) * lanes);
+      for (int64_t p = 0; p + 1 < found; p += 2) {
+        for (int64_t q = p + kPlacesAhead; q < std::min(found, p + kPlacesAhead + 2); ++q) ahead(places[q]);
+        each(places + p, std::integral_constant<int, 2>{});
+      }
+      if (found % 2) each(places + found - 1, std::integral_constant<int, 1>{});
     }
   }
+}
+
+// load(place) of each place; and store(place, vector) of each vector.
+template <int N, class State, class Load>
+inline __attribute__((always_inline)) auto load_each(const Place<State>* places, const Load& load) {
+  if constexpr (N == 1)
+    return load(places[0]);
+  else
+    return Pair<decltype(load(places[0]))>{load(places[0]), load(places[1])};
+}
+template <class State, class V, class Store>
+inline __attribute__((always_inline)) void store_each(const Place<State>* places, const V& v, const Store& store) {
+  store(places[0], v);
+}
+template <class State, class V, class Store>
+inline __attribute__((always_inline)) void store_each(const Place<State>* places, const Pair<V>& v, const Store& store) {
+  store(places[0], v.a);
+  store(places[1], v.b);
 }
 
 template <class Element, Cell cell>
 struct Recurrence {
   using S = Simd<Element>;
   using State = typename S::State;
+  using States = Simd<State>;
   using V = typename S::V;
   static constexpr int64_t lanes = S::lanes;
   static constexpr int G = cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1;
@@ -222,97 +261,165 @@ struct Recurrence {
       });
   }
 
-  // How a row of a step goes on: whether it is the row's last, and whether the next one clears the state.
-  struct Next {
-    bool last, clears;
+  // Where row b of a step reads and writes; null for what is not there or not wanted.
+  struct ForwardRow {
+    const Element* input;
+    const State* h_prev;
+    Element* gates;
+    State *c, *m, *cells;
+    State* h;  // for the next step
+    Element* y;
+    Element *h_n, *c_n;  // of the row's last step
+    bool clears;         // the next step begins a new sequence
   };
-  static Next next_step(const LstmRows& where, int d, int64_t t, int64_t b) {
-    const int64_t next = where.after(d, t);
+  static ForwardRow forward_row(const LstmForward& a, const LstmScratch& scratch, const LstmRows& where, int d,
+                                int64_t s, int64_t b) {
+    const LstmShape& shape = a.shape;
+    const int64_t t = where.step(d, s), next = where.after(d, t), O = output_size(shape), H = shape.H;
     const bool last = !where.has(next, b);
-    return {last, !last && where.clears(d, next, b)};
+    const auto row = [](void* array, int64_t at) { return array ? static_cast<Element*>(array) + at : nullptr; };
+    ForwardRow found{};
+    found.input = element(a.input) + (d * where.packed_rows() + where.packed(t, b)) * a.input_stride;
+    found.h_prev = scratch_row(scratch.h, shape, s % 2 * shape.D + d, b, O);
+    found.h = scratch_row(scratch.h, shape, (s + 1) % 2 * shape.D + d, b, O);
+    found.gates = row(a.gates, (d * where.data_rows() + where.data(t, b)) * kTape * H);
+    found.y = row(a.y, wide_row(where, d, t, b, O));
+    if (scratch.c) found.c = scratch_row(scratch.c, shape, d, b, H);
+    if (scratch.m) found.m = scratch_row(scratch.m, shape, d, b, H);
+    if (a.cells) found.cells = static_cast<State*>(a.cells) + wide_row(where, d, t, b, H);
+    if (last) {
+      found.h_n = row(a.h_n, state_row(where, d, b, O));
+      found.c_n = row(a.c_n, state_row(where, d, b, H));
+    }
+    found.clears = !last && where.clears(d, next, b);
+    return found;
   }
 
-  // h(t), rounded: to the buffer that the next step reads, and to the outputs.
-  static void store_h(const LstmForward& a, const LstmScratch& scratch, const LstmRows& where, int d, int64_t t,
-                      int64_t s, int64_t b, int64_t j, int64_t n, Next next, V h) {
-    const int64_t O = output_size(a.shape);
-    State* to = scratch_row(scratch.h, a.shape, (s + 1) % 2 * a.shape.D + d, b, O);
-    store_n<State>(to + j, n, next.clears ? V{} : h);
-    if (a.y) store_n<Element>(static_cast<Element*>(a.y) + wide_row(where, d, t, b, O) + j, n, h);
-    if (next.last && a.h_n) store_n<Element>(static_cast<Element*>(a.h_n) + state_row(where, d, b, O) + j, n, h);
+  static void store_h(const ForwardRow& row, int64_t j, int64_t n, V h) {
+    store_n<State>(row.h + j, n, row.clears ? V{} : h);
+    if (row.y) store_n<Element>(row.y + j, n, h);
+    if (row.h_n) store_n<Element>(row.h_n + j, n, h);
   }
 
   static void forward_cell(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
     const LstmRows where{a.shape, scratch.offsets};
     const int d = part.direction;
-    const int64_t t = where.step(d, s), H = a.shape.H;
-    const State* h_prev = scratch_row(scratch.h, a.shape, s % 2 * a.shape.D + d, 0, output_size(a.shape));
+    const int64_t H = a.shape.H;
     const State* bias = state(scratch.bias[d]);
-    const int64_t packed_rows = where.packed_rows(), data_rows = where.data_rows();
+    const bool with_h = a.w_hh[d];
+    ForwardRow rows[kBlockRows];
+    const auto prepare = [&](Range some) {
+      for (int64_t b = some.begin; b < some.end; ++b) rows[b - some.begin] = forward_row(a, scratch, where, d, s, b);
+    };
+    const auto ahead = [&rows, H](const Place<State>& p) __attribute__((always_inline)) {
+      for (int g = 0; g < G; ++g) __builtin_prefetch(rows[p.slot].input + g * H + p.unit);
+    };
+    const auto each = [&rows, bias, H, with_h](const Place<State>* places, auto number) __attribute__((always_inline)) {
+      constexpr int N = decltype(number)::value;
+      const auto load = [places](const auto& one) __attribute__((always_inline)) { return load_each<N>(places, one); };
+      const auto units = [H](const Place<State>& p) __attribute__((always_inline)) {
+        return std::min(lanes, H - p.unit);
+      };
+      // Gate g before activation, from the input's and the biases' column and the sum of that number.
+      const auto from_x = [&](int g) __attribute__((always_inline)) {
+        return load([&](const Place<State>& p) __attribute__((always_inline)) {
+          const V x = load_n<Element>(rows[p.slot].input + g * H + p.unit, units(p));
+          return bias ? x + load_n<State>(bias + g * H + p.unit, units(p)) : x;
+        });
+      };
+      const auto from_h = [&](int g) __attribute__((always_inline)) {
+        return load([&](const Place<State>& p) __attribute__((always_inline)) {
+          return States::load(p.sums + g * lanes);
+        });
+      };
+      const auto rounded = [&](const auto& v) __attribute__((always_inline)) {
+        if constexpr (N == 1)
+          return S::round(v);
+        else
+          return Pair<V>{S::round(v.a), S::round(v.b)};
+      };
+      // Gates for the backward pass.
+      const auto keep = [&](const auto& g0, const auto& g1, const auto& g2, const auto& g3)
+          __attribute__((always_inline)) {
+        if (!rows[places[0].slot].gates) return;
+        const auto store = [&](int g) __attribute__((always_inline)) {
+          return [&, g](const Place<State>& p, V one) __attribute__((always_inline)) {
+            store_n<Element>(rows[p.slot].gates + g * H + p.unit, units(p), one);
+          };
+        };
+        store_each(places, g0, store(0)), store_each(places, g1, store(1));
+        store_each(places, g2, store(2)), store_each(places, g3, store(3));
+      };
+      const auto give_h = [&](const auto& h) __attribute__((always_inline)) {
+        store_each(places, h, [&](const Place<State>& p, V one) __attribute__((always_inline)) {
+          store_h(rows[p.slot], p.unit, units(p), one);
+        });
+      };
+      if constexpr (cell == Cell::lstm) {
+        LstmGates<decltype(from_x(0))> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2) + from_h(2),
+                                            from_x(3) + from_h(3)};
+        auto h = load([&](const Place<State>& p) __attribute__((always_inline)) {
+          return load_n<State>(rows[p.slot].c + p.unit, units(p));
+        });
+        const auto c = lstm_cell(gate, h, h);
+        h = rounded(h);
+        keep(gate.i, gate.f, gate.g, gate.o);
+        store_each(places, c, [&](const Place<State>& p, V one) __attribute__((always_inline)) {
+          const ForwardRow& row = rows[p.slot];
+          store_n<State>(row.c + p.unit, units(p), row.clears ? V{} : one);
+          if (row.cells) store_n<State>(row.cells + p.unit, units(p), one);
+          if (row.c_n) store_n<Element>(row.c_n + p.unit, units(p), one);
+        });
+        if (!rows[places[0].slot].m) return give_h(h);
+        store_each(places, h, [&](const Place<State>& p, V one) __attribute__((always_inline)) {
+          store_n<State>(rows[p.slot].m + p.unit, units(p), one);
+        });
+      } else if constexpr (cell == Cell::gru) {
+        const auto q = load([&](const Place<State>& p) __attribute__((always_inline)) {
+          const V sum = with_h ? States::load(p.sums + 2 * lanes)
+                               : load_n<Element>(rows[p.slot].input + 3 * H + p.unit, units(p));
+          return bias ? sum + load_n<State>(bias + 3 * H + p.unit, units(p)) : sum;
+        });
+        GruGates<decltype(from_x(0))> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2), q};
+        const auto h_prev = load([&](const Place<State>& p) __attribute__((always_inline)) {
+          return load_n<State>(rows[p.slot].h_prev + p.unit, units(p));
+        });
+        const auto h = rounded(gru_cell(gate, h_prev));
+        keep(gate.r, gate.z, gate.n, gate.q);
+        give_h(h);
+      } else if constexpr (cell == Cell::rnn_tanh) {
+        give_h(rounded(tanh(from_x(0) + from_h(0))));
+      } else {
+        store_each(places, from_x(0) + from_h(0), [&](const Place<State>& p, V one) __attribute__((always_inline)) {
+          store_h(rows[p.slot], p.unit, units(p), S::round(relu(one)));
+        });
+      }
+    };
+    for_products(with_h ? state(scratch.w_hh[d]) : nullptr, scratch.hh, active(where, part.rows, where.step(d, s)),
+                 part.units, scratch_row(scratch.h, a.shape, s % 2 * a.shape.D + d, 0, output_size(a.shape)), s,
+                 prepare, ahead, each);
+  }
+
+  // As for_products, a place and its only sum at a time.
+  template <class Each>
+  static void for_sums(const void* packed, const LstmPacking& packing, Range rows, Range units, const State* x,
+                       int64_t s, const Each& each) {
     for_products(
-        a.w_hh[d] ? state(scratch.w_hh[d]) : nullptr, scratch.hh, active(where, part.rows, t), part.units, h_prev, s,
-        [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
-          const int64_t n = std::min(lanes, H - j);
-          const Element* input = element(a.input) + (d * packed_rows + where.packed(t, b)) * a.input_stride + j;
-          // Gate g before activation, from the input's and the biases' column and the sum of that number.
-          const auto from_x = [&](int g) {
-            const V x = load_n<Element>(input + g * H, n);
-            return bias ? x + load_n<State>(bias + g * H + j, n) : x;
-          };
-          const auto from_h = [&](int g) { return Simd<State>::load(sums + g * lanes); };
-          const Next next = next_step(where, d, t, b);
-          Element* tape = nullptr;
-          if (a.gates)
-            tape = static_cast<Element*>(a.gates) + (d * data_rows + where.data(t, b)) * kTape * H + j;
-          const auto keep = [&](V g0, V g1, V g2, V g3) {
-            if (!tape) return;
-            store_n<Element>(tape, n, g0);
-            store_n<Element>(tape + H, n, g1);
-            store_n<Element>(tape + 2 * H, n, g2);
-            store_n<Element>(tape + 3 * H, n, g3);
-          };
-          if constexpr (cell == Cell::lstm) {
-            LstmGates<V> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2) + from_h(2),
-                              from_x(3) + from_h(3)};
-            State* c_state = scratch_row(scratch.c, a.shape, d, b, H) + j;
-            V h;
-            const V c = lstm_cell(gate, load_n<State>(c_state, n), h);
-            h = S::round(h);
-            keep(gate.i, gate.f, gate.g, gate.o);
-            store_n<State>(c_state, n, next.clears ? V{} : c);
-            if (a.cells) store_n<State>(static_cast<State*>(a.cells) + wide_row(where, d, t, b, H) + j, n, c);
-            if (next.last && a.c_n)
-              store_n<Element>(static_cast<Element*>(a.c_n) + state_row(where, d, b, H) + j, n, c);
-            if (scratch.m)
-              store_n<State>(scratch_row(scratch.m, a.shape, d, b, H) + j, n, h);
-            else
-              store_h(a, scratch, where, d, t, s, b, j, n, next, h);
-          } else if constexpr (cell == Cell::gru) {
-            const V r = from_x(0) + from_h(0), z = from_x(1) + from_h(1), in = from_x(2);
-            V q = a.w_hh[d] ? from_h(2) : load_n<Element>(input + 3 * H, n);
-            if (bias) q += load_n<State>(bias + 3 * H + j, n);
-            GruGates<V> gate{r, z, in, q};
-            const V h = S::round(gru_cell(gate, load_n<State>(h_prev + b * H + j, n)));
-            keep(gate.r, gate.z, gate.n, gate.q);
-            store_h(a, scratch, where, d, t, s, b, j, n, next, h);
-          } else {
-            const V sum = from_x(0) + from_h(0);
-            const V h = S::round(cell == Cell::rnn_tanh ? tanh(sum) : relu(sum));
-            store_h(a, scratch, where, d, t, s, b, j, n, next, h);
-          }
+        state(packed), packing, rows, units, x, s, [](Range) {}, [](const Place<State>&) {},
+        [&](const Place<State>* places, auto number) {
+          for (int i = 0; i < decltype(number)::value; ++i)
+            each(places[i].row, places[i].unit, States::load(places[i].sums));
         });
   }
 
   static void forward_project(const LstmForward& a, const LstmScratch& scratch, const LstmPart& part, int64_t s) {
     const LstmRows where{a.shape, scratch.offsets};
     const int d = part.direction;
-    const int64_t t = where.step(d, s), P = a.shape.P;
-    for_products(state(scratch.w_hr[d]), scratch.hr, active(where, part.rows, t), part.units,
-                 scratch_row(scratch.m, a.shape, d, 0, a.shape.H), s,
-                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
-                   store_h(a, scratch, where, d, t, s, b, j, std::min(lanes, P - j), next_step(where, d, t, b),
-                           S::round(Simd<State>::load(sums)));
-                 });
+    for_sums(scratch.w_hr[d], scratch.hr, active(where, part.rows, where.step(d, s)), part.units,
+             scratch_row(scratch.m, a.shape, d, 0, a.shape.H), s, [&](int64_t b, int64_t j, V sum) {
+               const int64_t n = std::min(lanes, a.shape.P - j);
+               store_h(forward_row(a, scratch, where, d, s, b), j, n, S::round(sum));
+             });
   }
 
   static void backward_begin(const LstmBackward& a, const LstmScratch& scratch, const LstmPart& outputs,
@@ -363,12 +470,10 @@ struct Recurrence {
     const LstmRows where{a.shape, scratch.offsets};
     const int d = part.direction;
     const int64_t t = where.step(1 - d, s), H = a.shape.H;
-    for_products(state(scratch.w_hr[d]), scratch.hr, active(where, part.rows, t), part.units,
-                 scratch_row(scratch.dh, a.shape, d, 0, a.shape.P), s,
-                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
-                   State* to = scratch_row(scratch.m, a.shape, d, b, H) + j;
-                   store_n<State>(to, std::min(lanes, H - j), Simd<State>::load(sums));
-                 });
+    for_sums(scratch.w_hr[d], scratch.hr, active(where, part.rows, t), part.units,
+             scratch_row(scratch.dh, a.shape, d, 0, a.shape.P), s, [&](int64_t b, int64_t j, V sum) {
+               store_n<State>(scratch_row(scratch.m, a.shape, d, b, H) + j, std::min(lanes, H - j), sum);
+             });
   }
 
   // The state that step t of row b started from: `states` [data rows, D*H] holds what the steps left.
@@ -432,15 +537,14 @@ struct Recurrence {
     const LstmRows where{a.shape, scratch.offsets};
     const int d = part.direction;
     const int64_t t = where.step(1 - d, s), O = output_size(a.shape);
-    for_products(state(scratch.w_hh[d]), scratch.hh, active(where, part.rows, t), part.units,
-                 scratch_row(scratch.dgates, a.shape, s % 2 * a.shape.D + d, 0, G * a.shape.H), s,
-                 [&](int64_t b, int64_t j, const State* sums) __attribute__((always_inline)) {
-                   const int64_t n = std::min(lanes, O - j);
-                   State* dh_state = scratch_row(scratch.h, a.shape, d, b, O) + j;
-                   V dh = Simd<State>::load(sums);
-                   if constexpr (cell == Cell::gru) dh += load_n<State>(dh_state, n);  // what went past the gates
-                   store_n<State>(dh_state, n, where.clears(d, t, b) ? V{} : dh);
-                 });
+    for_sums(scratch.w_hh[d], scratch.hh, active(where, part.rows, t), part.units,
+             scratch_row(scratch.dgates, a.shape, s % 2 * a.shape.D + d, 0, G * a.shape.H), s,
+             [&](int64_t b, int64_t j, V dh) {
+               const int64_t n = std::min(lanes, O - j);
+               State* dh_state = scratch_row(scratch.h, a.shape, d, b, O) + j;
+               if constexpr (cell == Cell::gru) dh += load_n<State>(dh_state, n);  // what went past the gates
+               store_n<State>(dh_state, n, where.clears(d, t, b) ? V{} : dh);
+             });
   }
 
   static const LstmKernels* table() {

@@ -152,6 +152,9 @@ def _shape(
 
 def _addresses(weights: Sequence[Tensor], sizes: Sizes, bias: bool) -> tuple[int, ...]:
     """w_hh, b_ih, b_hh, w_hr: both directions of each, 0 for what is not there."""
+    if len(weights) == 4 and bias:
+        _, w_hh, b_ih, b_hh = weights
+        return w_hh.data_ptr(), 0, b_ih.data_ptr(), 0, b_hh.data_ptr(), 0, 0, 0
     per = len(weights) // sizes.directions
     places = (1, *((2, 3) if bias else (-1, -1)), per - 1 if sizes.proj_size else -1)
     return tuple(
@@ -162,7 +165,9 @@ def _addresses(weights: Sequence[Tensor], sizes: Sizes, bias: bool) -> tuple[int
 
 
 def _input_products(x: Tensor, weights: Sequence[Tensor], D: int, used: int, width: int) -> Tensor:
-    """x W_ih^T of each direction in the first ``used`` columns of [D, N, width]."""
+    """x W_ih^T of each direction in the first ``used`` columns of [D, N, width]; no axis D for one."""
+    if D == 1 and used == width:
+        return torch.mm(x, weights[0].t())
     per, products = len(weights) // D, x.new_empty(D, len(x), width)
     for d in range(D):
         torch.mm(x, weights[d * per].t(), out=products[d, :, :used])
@@ -188,7 +193,7 @@ def _tapes_again(
     """cells and gates from x and y: with every h known, the products of all steps are one GEMM."""
     (D, H, _), G, tape = sizes, cell.gates, cell.tape
     per = len(weights) // D
-    products = _input_products(packed_x, weights, D, G * H, tape * H)
+    products = _input_products(packed_x, weights, D, G * H, tape * H).view(D, rows.N, tape * H)
     added = 2 * H if cell is GRU else G * H  # a GRU's W_hn h stays by itself
     for d in range(D):
         states, w_hh = h_prev[d], weights[d * per + 1].t()

@@ -64,4 +64,4 @@ class Rows(NamedTuple):
     def empty(self, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """[*shape, width] for a kernel to fill, 0 where it will not."""
         make = like.new_empty if self.places is None else like.new_zeros
-        return make((*self.shape, width), dtype=dtype)
+        return make(*self.shape, width) if dtype is None else make(*self.shape, width, dtype=dtype)
