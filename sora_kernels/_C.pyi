@@ -39,7 +39,8 @@ def lstm_forward_cpu(
     c_n: int,
     threads: int,
 ) -> None:
-    """``shape``: LstmShape's nine, ``weights``: w_hh, b_ih, b_hh, w_hr, both directions of each."""
+    """``shape``: LstmShape's nine. ``weights``: w_hh, b_ih, b_hh, w_hr, w_hh_int8, int8_scale, both
+    directions of each."""
 
 def lstm_backward_cpu(
     dtype: int,
@@ -68,6 +69,8 @@ def lstm_previous_states_cpu(
     h0: int,
     h_prev: int,
 ) -> None: ...
+def lstm_int8_bytes_cpu(cell: int, H: int, O: int) -> int: ...  # noqa: E741
+def lstm_pack_int8_cpu(cell: int, H: int, O: int, w: int, packed: int) -> None: ...  # noqa: E741
 def lstm_cell_forward(
     dtype: int,
     B: int,

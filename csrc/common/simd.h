@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if SORA_VECTOR_BYTES == 64
+#if SORA_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -50,9 +50,20 @@ struct Simd<BFloat16> {
   using V = VecF;
   static constexpr int64_t lanes = SORA_VECTOR_BYTES / sizeof(float);
   static inline __attribute__((always_inline)) V load(const BFloat16* p) {
+    return bit_cast<VecF>(widened(p) << 16);
+  }
+  // __builtin_convertvector between widths takes GCC four shuffles, where there is one instruction.
+  static inline __attribute__((always_inline)) VecU32 widened(const BFloat16* p) {
+#if SORA_VECTOR_BYTES == 64
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bit_cast<VecU32>(_mm512_maskz_cvtepu16_epi32(0xffff, half));  // unmasked ones warn in GCC 12
+#elif SORA_VECTOR_BYTES == 32
+    return bit_cast<VecU32>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
     HalfU16 half;
     __builtin_memcpy(&half, p, sizeof(half));
-    return bit_cast<VecF>(__builtin_convertvector(half, VecU32) << 16);
+    return __builtin_convertvector(half, VecU32);
+#endif
   }
   static inline __attribute__((always_inline)) VecU32 rounded_bits(V v) {
     const VecU32 bits = bit_cast<VecU32>(v);
@@ -61,11 +72,45 @@ struct Simd<BFloat16> {
     return (v == v ? nearest : quiet_nan) >> 16;
   }
   static inline __attribute__((always_inline)) void store(BFloat16* p, V v) {
+#if SORA_VECTOR_BYTES == 64
+    const __m256i half = _mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(rounded_bits(v)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#else
     const HalfU16 half = __builtin_convertvector(rounded_bits(v), HalfU16);
     __builtin_memcpy(p, &half, sizeof(half));
+#endif
   }
   static inline __attribute__((always_inline)) V round(V v) { return bit_cast<VecF>(rounded_bits(v) << 16); }
   static inline State widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+};
+
+// Whole numbers, rounded to nearest by store.
+template <>
+struct Simd<int8_t> {
+  using State = float;
+  using V = VecF;
+  using Ints = int32_t __attribute__((vector_size(SORA_VECTOR_BYTES)));
+  using Bytes = int8_t __attribute__((vector_size(SORA_VECTOR_BYTES / 4)));
+  static constexpr int64_t lanes = SORA_VECTOR_BYTES / sizeof(float);
+  static inline __attribute__((always_inline)) V load(const int8_t* p) {
+#if SORA_VECTOR_BYTES == 64
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m512i ints = _mm512_maskz_cvtepi8_epi32(0xffff, bytes);
+    return bit_cast<V>(_mm512_maskz_cvtepi32_ps(0xffff, ints));
+#elif SORA_VECTOR_BYTES == 32
+    const __m256i ints = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return bit_cast<V>(_mm256_cvtepi32_ps(ints));
+#else
+    Bytes bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), VecF);
+#endif
+  }
+  static inline __attribute__((always_inline)) void store(int8_t* p, V v) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23 leaves the rounded value in the low bits
+    const Bytes bytes = __builtin_convertvector(bit_cast<Ints>(v + magic), Bytes);
+    __builtin_memcpy(p, &bytes, sizeof(bytes));
+  }
 };
 
 // The first `n` lanes; the others read as zero and are not written.

@@ -17,8 +17,8 @@ void* ptr(Address address) { return reinterpret_cast<void*>(address); }
 
 // cell, T, B, H, P, D, then the addresses of batch_sizes, order, reset: as LstmShape.
 using Shape = std::array<int64_t, 9>;
-// w_hh, b_ih, b_hh, w_hr: of the forward direction and then the reverse one.
-using Weights = std::array<Address, 8>;
+// w_hh, b_ih, b_hh, w_hr, w_hh_int8, int8_scale: of the forward direction and then the reverse one.
+using Weights = std::array<Address, 12>;
 
 LstmShape shape_of(const Shape& s) {
   const auto [cell, T, B, H, P, D, batch_sizes, order, reset] = s;
@@ -47,14 +47,16 @@ void init_lstm(py::module_& m) {
       "lstm_forward_cpu",
       [](int dtype, const Shape& shape, Address input, int64_t input_stride, const Weights& weights, Address h0,
          Address c0, Address gates, Address y, Address cells, Address h_n, Address c_n, int threads) {
-        const auto [w_hh, w_hh_reverse, b_ih, b_ih_reverse, b_hh, b_hh_reverse, w_hr, w_hr_reverse] = weights;
+        const auto& w = weights;
         const LstmForward args{shape_of(shape),
                                ptr(input),
                                input_stride,
-                               {ptr(b_ih), ptr(b_ih_reverse)},
-                               {ptr(b_hh), ptr(b_hh_reverse)},
-                               {ptr(w_hh), ptr(w_hh_reverse)},
-                               {ptr(w_hr), ptr(w_hr_reverse)},
+                               {ptr(w[2]), ptr(w[3])},
+                               {ptr(w[4]), ptr(w[5])},
+                               {ptr(w[0]), ptr(w[1])},
+                               {ptr(w[8]), ptr(w[9])},
+                               {reinterpret_cast<const float*>(w[10]), reinterpret_cast<const float*>(w[11])},
+                               {ptr(w[6]), ptr(w[7])},
                                ptr(h0),
                                ptr(c0),
                                ptr(gates),
@@ -103,6 +105,17 @@ void init_lstm(py::module_& m) {
         lstm_previous_states_cpu(element_bytes, s, direction, ptr(y), ptr(h0), ptr(h_prev));
       },
       "element_bytes"_a, "shape"_a, "direction"_a, "y"_a, "h0"_a, "h_prev"_a);
+
+  m.def(
+      "lstm_int8_bytes_cpu",
+      [](int cell, int64_t H, int64_t O) { return lstm_int8_bytes_cpu(static_cast<Cell>(cell), H, O); }, "cell"_a, "H"_a,
+      "O"_a);
+  m.def(
+      "lstm_pack_int8_cpu",
+      [](int cell, int64_t H, int64_t O, Address w, Address packed) {
+        lstm_pack_int8_cpu(static_cast<Cell>(cell), H, O, reinterpret_cast<const int8_t*>(w), ptr(packed));
+      },
+      "cell"_a, "H"_a, "O"_a, "w"_a, "packed"_a, nogil);
 
   m.def("lstm_cpu_isa", &lstm_cpu_isa);
 

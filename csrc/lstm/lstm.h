@@ -64,8 +64,12 @@ struct LstmForward {
   int64_t input_stride;
   const void* b_ih[2];  // D arrays [G*H] element; all four null without biases
   const void* b_hh[2];
-  const void* w_hh[2];  // D arrays [G*H, O] element. Null: `input` has W_hh h(t-1) in it already, a GRU's as in its
+  const void* w_hh[2];  // D arrays [G*H, O] element. Null without int8: `input` has W_hh h(t-1) in it already, a GRU's as in its
                         // gates: r, z whole, then W_in x, then W_hn h; the cells alone are walked
+  // In place of w_hh, float32 and bfloat16 only: D arrays packed by lstm_pack_int8_cpu, and what a row of w_hh was
+  // divided by, [G*H]. All four null otherwise.
+  const void* w_hh_int8[2];
+  const float* int8_scale[2];
   const void* w_hr[2];  // D arrays [P, H] element; null if P is 0, or with null w_hh, y and h_n
   const void* h0;       // [D, B, O] element, or null for zero
   const void* c0;       // [D, B, H] element, or null for zero; LSTM only
@@ -84,7 +88,7 @@ struct LstmBackward {
   const void* gates;    // as left by the forward pass; unused for RNN
   const void* cells;    // as left by the forward pass; LSTM only
   const void* y;        // as left by the forward pass; unused for LSTM
-  const void* w_hh[2];  // D arrays [G*H, O] element
+  const void* w_hh[2];  // D arrays [G*H, O] element. Null with T = 1 and P = 0: the caller adds dgates W_hh to dh0
   const void* w_hr[2];  // D arrays [P, H] element; null if P is 0
   const void* h0;       // [D, B, O] element, or null for zero; unused for LSTM
   const void* c0;       // [D, B, H] element, or null for zero; LSTM only
@@ -108,6 +112,11 @@ int lstm_backward_cpu(DType dtype, const LstmBackward& args, int threads);
 // h_prev [packed rows, O]. Copies elements of any type of `element_bytes` bytes.
 void lstm_previous_states_cpu(int64_t element_bytes, const LstmShape& shape, int direction, const void* y,
                               const void* h0, void* h_prev);
+
+// w [G*H, O] int8 -> `packed`, of lstm_int8_bytes_cpu bytes, in the order that this machine's kernels read. Another
+// machine's may be another.
+int64_t lstm_int8_bytes_cpu(Cell cell, int64_t H, int64_t O);
+void lstm_pack_int8_cpu(Cell cell, int64_t H, int64_t O, const int8_t* w, void* packed);
 
 // The instruction set the CPU kernels run on: "avx512", "avx2" or "generic".
 const char* lstm_cpu_isa();

@@ -71,6 +71,17 @@ int vectors_for(int64_t outputs, int64_t rows, int64_t lanes) {
   return outputs > 2 * lanes ? 4 : outputs > lanes ? 2 : 1;
 }
 
+// A few rows wait for the weights: those of a narrow element type stay so, and are widened at every use.
+constexpr int64_t kRowsOfNarrowWeights = 2;
+LstmWeights kept_as(int64_t rows, const LstmKernels& kernels) {
+  const bool narrow = kernels.element_bytes < kernels.state_bytes && rows <= kRowsOfNarrowWeights;
+  return narrow ? LstmWeights::element : LstmWeights::state;
+}
+
+LstmPacking int8_packing(Cell cell, int64_t H, int64_t O) {
+  return {O, H, lstm_gates(cell), 1, false, LstmWeights::int8};
+}
+
 // Scratch arrays in one block of memory, each aligned to 64 bytes.
 class Arena {
  public:
@@ -131,17 +142,20 @@ struct Pass {
 
   // Room for the packed weights, where the caller gave any.
   void add_weights(const void* w_hh, const void* w_hr) {
+    const auto bytes = [&](const LstmPacking& p) {
+      return p.values(kernels.lanes) * (p.kept_as == LstmWeights::state ? kernels.state_bytes : kernels.element_bytes);
+    };
     for (int d = 0; d < shape.D; ++d) {
-      memory.add(&scratch.w_hh[d], w_hh ? scratch.hh.size(kernels.lanes) * kernels.state_bytes : 0);
-      memory.add(&scratch.w_hr[d], w_hr ? scratch.hr.size(kernels.lanes) * kernels.state_bytes : 0);
+      memory.add(&scratch.w_hh[d], w_hh ? bytes(scratch.hh) : 0);
+      memory.add(&scratch.w_hr[d], w_hr ? bytes(scratch.hr) : 0);
     }
   }
 
   void pack(const void* const (&w_hh)[2], const void* const (&w_hr)[2], int thread, int team) const {
     for (int d = 0; d < shape.D; ++d) {
       const auto own = [&](const LstmPacking& p) { return part_of(p.outputs, team, thread, p.grain(kernels.lanes)); };
-      if (scratch.w_hh[d]) kernels.pack(w_hh[d], scratch.hh, own(scratch.hh), scratch.w_hh[d]);
-      if (scratch.w_hr[d]) kernels.pack(w_hr[d], scratch.hr, own(scratch.hr), scratch.w_hr[d]);
+      if (w_hh[d]) kernels.pack(w_hh[d], scratch.hh, own(scratch.hh), scratch.w_hh[d]);
+      if (w_hr[d]) kernels.pack(w_hr[d], scratch.hr, own(scratch.hr), scratch.w_hr[d]);
     }
   }
 
@@ -180,8 +194,10 @@ int lstm_forward_cpu(DType dtype, const LstmForward& a, int threads) {
   const int64_t H = shape.H, O = pass.outputs(), lanes = kernels->lanes;
   const int gates = lstm_gates(shape.cell);
   const bool lstm = shape.cell == Cell::lstm, project = shape.P && a.w_hr[0];
-  scratch.hh = {O, H, gates, gates > 1 ? 1 : vectors_for(H, shape.B, lanes), false};
-  scratch.hr = {H, shape.P, 1, vectors_for(shape.P, shape.B, lanes), false};
+  const LstmWeights kept = kept_as(shape.B, *kernels);
+  scratch.hh = {O, H, gates, gates > 1 ? 1 : vectors_for(H, shape.B, lanes), false, kept};
+  if (a.w_hh_int8[0]) scratch.hh = int8_packing(shape.cell, H, O);
+  scratch.hr = {H, shape.P, 1, vectors_for(shape.P, shape.B, lanes), false, kept};
   pass.add_weights(a.w_hh[0], a.w_hr[0]);
   for (int d = 0; d < shape.D; ++d)
     pass.memory.add(&scratch.bias[d], a.b_ih[0] ? 4 * H * kernels->state_bytes : 0);
@@ -189,6 +205,8 @@ int lstm_forward_cpu(DType dtype, const LstmForward& a, int threads) {
   pass.memory.add(&scratch.c, lstm ? pass.bytes(H) : 0);
   pass.memory.add(&scratch.m, shape.P ? pass.bytes(H) : 0);
   if (!pass.memory.allocate()) return kLstmOutOfMemory;
+  for (int d = 0; d < shape.D; ++d)
+    if (a.w_hh_int8[d]) scratch.w_hh[d] = const_cast<void*>(a.w_hh_int8[d]);
 
   run_team(pass.plan.team, [&](int thread, int team) {
     pass.pack(a.w_hh, a.w_hr, thread, team);
@@ -229,8 +247,9 @@ int lstm_backward_cpu(DType dtype, const LstmBackward& a, int threads) {
   LstmScratch& scratch = pass.scratch;
   const int64_t H = shape.H, O = pass.outputs(), lanes = kernels->lanes;
   const int gates = lstm_gates(shape.cell);
-  scratch.hh = {gates * H, O, 1, vectors_for(O, shape.B, lanes), true};
-  scratch.hr = {shape.P, H, 1, vectors_for(H, shape.B, lanes), true};
+  const LstmWeights kept = kept_as(shape.B, *kernels);
+  scratch.hh = {gates * H, O, 1, vectors_for(O, shape.B, lanes), true, kept};
+  scratch.hr = {shape.P, H, 1, vectors_for(H, shape.B, lanes), true, kept};
   pass.add_weights(a.w_hh[0], a.w_hr[0]);
   pass.memory.add(&scratch.h, pass.bytes(O));
   pass.memory.add(&scratch.c, shape.cell == Cell::lstm ? pass.bytes(H) : 0);
@@ -257,6 +276,7 @@ int lstm_backward_cpu(DType dtype, const LstmBackward& a, int threads) {
           kernels->backward_cell(a, scratch, hidden, s);
         });
         team_barrier(team);
+        if (!a.w_hh[0]) continue;
         for_parts([&](const LstmPart& own, const LstmPart&) { kernels->backward_product(a, scratch, own, s); });
       }
     } else {
@@ -267,7 +287,7 @@ int lstm_backward_cpu(DType dtype, const LstmBackward& a, int threads) {
             kernels->backward_project(a, scratch, hidden, s);
           }
           kernels->backward_cell(a, scratch, hidden, s);
-          kernels->backward_product(a, scratch, own, s);
+          if (a.w_hh[0]) kernels->backward_product(a, scratch, own, s);
         }
       });
     }
@@ -298,6 +318,14 @@ void lstm_previous_states_cpu(int64_t element_bytes, const LstmShape& shape, int
       else
         std::memset(to, 0, bytes);
     }
+}
+
+int64_t lstm_int8_bytes_cpu(Cell cell, int64_t H, int64_t O) {
+  return int8_packing(cell, H, O).values(kernels_for(DType::float32, cell)->lanes);
+}
+
+void lstm_pack_int8_cpu(Cell cell, int64_t H, int64_t O, const int8_t* w, void* packed) {
+  kernels_for(DType::float32, cell)->pack(w, int8_packing(cell, H, O), {0, H}, packed);
 }
 
 const char* lstm_cpu_isa() { return kernels_for(DType::float32, Cell::lstm)->isa; }

@@ -34,16 +34,20 @@ struct LstmRows {
   }
 };
 
+// What a packed array holds: values of the state type, of the element type, or int8 numbers.
+enum class LstmWeights : int { state, element, int8 };
+
 // A weight matrix in the order that the inner loop reads: blocks of `vectors` x lanes units, and in a block for each of
 // the `depth` terms of a sum, gates x vectors vectors. Units past `outputs` are zero.
 struct LstmPacking {
   int64_t depth, outputs;
   int gates, vectors;
   bool transposed;  // w is [depth, outputs] and not [gates * outputs, depth]
+  LstmWeights kept_as;
 
   int columns() const { return gates * vectors; }
   int64_t grain(int64_t lanes) const { return vectors * lanes; }
-  int64_t size(int64_t lanes) const { return depth * gates * ((outputs + grain(lanes) - 1) / grain(lanes)) * grain(lanes); }
+  int64_t values(int64_t lanes) const { return depth * gates * ((outputs + grain(lanes) - 1) / grain(lanes)) * grain(lanes); }
 };
 
 // Scratch arrays, in the state type. Double buffers are indexed by the parity of the step, so that one barrier after
@@ -51,7 +55,7 @@ struct LstmPacking {
 struct LstmScratch {
   const int64_t* offsets;
   LstmPacking hh, hr;
-  void* w_hh[2];  // D packed arrays
+  void* w_hh[2];  // D packed arrays; null where there are no weights
   void* w_hr[2];
   void* bias[2];  // forward, D arrays [4, H]: b_ih + b_hh; for a GRU of r and z, then b_in, b_hn. Null without biases
   void* h;        // forward: [2, D, B, O]; backward: [D, B, O], dL/dh(t) from the later step
@@ -70,7 +74,7 @@ struct LstmPart {
 
 struct LstmKernels {
   const char* isa;
-  int64_t lanes, state_bytes;
+  int64_t lanes, state_bytes, element_bytes;
   void (*pack)(const void* w, const LstmPacking&, Range units, void* packed);
   // [4, H] from b_ih and b_hh, units of H.
   void (*add_biases)(const LstmForward&, int direction, void* bias);

@@ -1,156 +1,15 @@
-// The arithmetic of lstm_cpu.cpp for one instruction set (see simd.h for how it is chosen).
-//
-// Every matrix product is `multiply`: a block of rows times a block of packed weights, sums in registers. What a cell
-// does with the sums is `Recurrence`: a row of one vector of units at a time, forward or backward.
+// The arithmetic of lstm_cpu.cpp for one instruction set (see simd.h for how it is chosen): what a cell does with the
+// sums of products.h, forward and backward.
 #pragma once
 
 #include "../common/simd.h"
 #include "cell.h"
 #include "lstm_kernels.h"
 #include "lstm_step.h"
+#include "products.h"
 
 namespace sora {
 namespace SORA_ISA {
-
-// Rows of sums held in registers at once: with 4 columns, those, the 4 weights and a broadcast must fit the registers.
-constexpr int64_t kMaxRows = SORA_VECTOR_REGISTERS >= 32 ? 6 : 2;
-constexpr int64_t kMaxColumns = 4;
-// Rows whose sums wait in memory between slices of the depth, and the terms of a slice: 4 columns of them fill half of
-// a first-level cache, and are read once for every kMaxRows rows.
-constexpr int64_t kBlockRows = 48;
-constexpr int64_t kSliceTerms = 64;
-constexpr int64_t kPlacesAhead = 8;  // whose inputs are prefetched
-
-// sums[r][c] = (add ? sums[r][c] : 0) + sum over k of packed[k][c] * x[r][k], each [c] a vector.
-template <class State, int R, int C>
-__attribute__((noinline)) void accumulate(const State* packed, const State* x, int64_t x_stride, int64_t depth,
-                                          bool add, State* sums) {
-  using V = typename Simd<State>::V;
-  constexpr int64_t lanes = Simd<State>::lanes;
-  // Eight independent sums hide the latency of a multiply-add: with fewer, terms are summed in U interleaved parts.
-  constexpr int U = R * C >= 8 ? 1 : R * C >= 4 ? 2 : R * C >= 2 ? 4 : 8;
-  V part[U][R][C] = {};
-  if (add)
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) part[0][r][c] = Simd<State>::load(sums + (r * C + c) * lanes);
-  int64_t k = 0;
-  for (; k + U <= depth; k += U) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      V w[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) w[c] = Simd<State>::load(packed + ((k + u) * C + c) * lanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const State value = x[r * x_stride + k + u];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) part[u][r][c] += w[c] * value;
-      }
-    }
-  }
-  for (; k < depth; ++k)
-    for (int c = 0; c < C; ++c) {
-      const V w = Simd<State>::load(packed + (k * C + c) * lanes);
-      for (int r = 0; r < R; ++r) part[0][r][c] += w * x[r * x_stride + k];
-    }
-  for (int half = U / 2; half > 0; half /= 2)
-    for (int u = 0; u < half; ++u)
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) part[u][r][c] += part[u + half][r][c];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) Simd<State>::store(sums + (r * C + c) * lanes, part[0][r][c]);
-}
-
-// x [rows, depth] times one block of packed weights, [depth][columns][lanes] -> sums [rows][columns][lanes].
-template <class State, int C>
-void multiply(const State* packed, const State* x, int64_t x_stride, int64_t depth, int64_t rows, State* sums) {
-  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows, slice = tiles > 1 ? kSliceTerms : depth;
-  for (int64_t k = 0; k < depth; k += slice)
-    for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height
-      const int64_t first = rows * tile / tiles;
-      const State *w = packed + k * C * Simd<State>::lanes, *from = x + first * x_stride + k;
-      State* to = sums + first * C * Simd<State>::lanes;
-      const int64_t terms = std::min(slice, depth - k);
-      switch (rows * (tile + 1) / tiles - first) {
-        case 1: accumulate<State, 1, C>(w, from, x_stride, terms, k > 0, to); break;
-        case 2: accumulate<State, 2, C>(w, from, x_stride, terms, k > 0, to); break;
-#if SORA_VECTOR_REGISTERS >= 32
-        case 3: accumulate<State, 3, C>(w, from, x_stride, terms, k > 0, to); break;
-        case 4: accumulate<State, 4, C>(w, from, x_stride, terms, k > 0, to); break;
-        case 5: accumulate<State, 5, C>(w, from, x_stride, terms, k > 0, to); break;
-        case 6: accumulate<State, 6, C>(w, from, x_stride, terms, k > 0, to); break;
-#endif
-      }
-    }
-}
-
-// A vector of units of one row, and its sums. `slot` counts the rows since the last call of prepare.
-template <class State>
-struct Place {
-  int64_t row, slot, unit;
-  const State* sums;
-};
-
-// Calls each(places, integral constant of their number) for the products of rows x [B, depth] with packed weights: a
-// vector of units, and the packing's gates of it in `sums`; two places at a time, see Pair. prepare(rows) comes before
-// the first place of some rows, ahead(place) some places before each. Without weights (null) the sums are 0. Odd steps
-// walk the units backwards: what is left of the weights in the nearer caches is used before it is evicted.
-template <class State, class Prepare, class Ahead, class Each>
-void for_products(const State* packed, const LstmPacking& packing, Range rows, Range units, const State* x,
-                  int64_t step, const Prepare& prepare, const Ahead& ahead, const Each& each) {
-  constexpr int64_t lanes = Simd<State>::lanes;
-  const int64_t grain = packing.grain(lanes), columns = packing.columns(), depth = packing.depth;
-  const int64_t blocks = (units.end - units.begin + grain - 1) / grain;
-  alignas(64) State sums[kBlockRows * kMaxColumns * lanes];
-  Place<State> places[kBlockRows * kMaxColumns];
-  for (int64_t first = rows.begin; first < rows.end; first += kBlockRows) {
-    const int64_t count = std::min(kBlockRows, rows.end - first), together = std::min(blocks, kBlockRows / count);
-    if (!packed) std::fill(sums, sums + together * count * columns * lanes, State(0));
-    prepare(Range{first, first + count});
-    for (int64_t i = 0; i < blocks; i += together) {
-      int64_t found = 0;
-      for (int64_t k = 0; k < together && i + k < blocks; ++k) {
-        const int64_t unit = units.begin + (step % 2 ? blocks - 1 - i - k : i + k) * grain;
-        State* own = sums + k * count * columns * lanes;
-        if (packed) {
-          const State *w = packed + unit * packing.gates * depth, *from = x + first * depth;
-          switch (columns) {
-            case 1: multiply<State, 1>(w, from, depth, depth, count, own); break;
-            case 2: multiply<State, 2>(w, from, depth, depth, count, own); break;
-            case 3: multiply<State, 3>(w, from, depth, depth, count, own); break;
-            case 4: multiply<State, 4>(w, from, depth, depth, count, own); break;
-          }
-        }
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t v = 0; v < packing.vectors && unit + v * lanes < units.end; ++v)
-            places[found++] = {first + r, r, unit + v * lanes, own + (r * columns + v * packing.gates) * lanes};
-      }
-      for (int64_t p = 0; p + 1 < found; p += 2) {
-        for (int64_t q = p + kPlacesAhead; q < std::min(found, p + kPlacesAhead + 2); ++q) ahead(places[q]);
-        each(places + p, std::integral_constant<int, 2>{});
-      }
-      if (found % 2) each(places + found - 1, std::integral_constant<int, 1>{});
-    }
-  }
-}
-
-// load(place) of each place; and store(place, vector) of each vector.
-template <int N, class State, class Load>
-inline __attribute__((always_inline)) auto load_each(const Place<State>* places, const Load& load) {
-  if constexpr (N == 1)
-    return load(places[0]);
-  else
-    return Pair<decltype(load(places[0]))>{load(places[0]), load(places[1])};
-}
-template <class State, class V, class Store>
-inline __attribute__((always_inline)) void store_each(const Place<State>* places, const V& v, const Store& store) {
-  store(places[0], v);
-}
-template <class State, class V, class Store>
-inline __attribute__((always_inline)) void store_each(const Place<State>* places, const Pair<V>& v, const Store& store) {
-  store(places[0], v.a);
-  store(places[1], v.b);
-}
 
 template <class Element, Cell cell>
 struct Recurrence {
@@ -186,33 +45,11 @@ struct Recurrence {
   }
 
   static void pack(const void* w, const LstmPacking& p, Range units, void* packed) {
-    const int64_t grain = p.grain(lanes);
-    for (int64_t unit = units.begin; unit < units.end; unit += grain)
-      for (int64_t v = 0; v < p.vectors; ++v) {
-        const int64_t j = unit + v * lanes, n = std::max<int64_t>(0, std::min(lanes, p.outputs - j));
-        for (int64_t g = 0; g < p.gates; ++g) {
-          State* to = static_cast<State*>(packed) + unit * p.gates * p.depth + (v * p.gates + g) * lanes;
-          if (p.transposed)
-            pack_rows(element(w) + j, p.outputs, n, p.depth, p.columns() * lanes, to);
-          else
-            pack_columns(element(w) + (g * p.outputs + j) * p.depth, n, p.depth, p.columns() * lanes, to);
-        }
-      }
-  }
-
-  // w [depth, n of stride] -> packed [depth][.][lanes].
-  static void pack_rows(const Element* w, int64_t stride, int64_t n, int64_t depth, int64_t to_stride, State* to) {
-    for (int64_t k = 0; k < depth; ++k) Simd<State>::store(to + k * to_stride, load_n<Element>(w + k * stride, n));
-  }
-
-  // w [n, depth] -> packed [depth][.][lanes].
-  static void pack_columns(const Element* w, int64_t n, int64_t depth, int64_t to_stride, State* to) {
-    for (int64_t k = 0; k < depth; k += lanes) {
-      const int64_t terms = std::min(lanes, depth - k);
-      V block[lanes] = {};
-      for (int64_t l = 0; l < n; ++l) block[l] = load_n<Element>(w + l * depth + k, terms);
-      transpose<State>(block);
-      for (int64_t i = 0; i < terms; ++i) Simd<State>::store(to + (k + i) * to_stride, block[i]);
+    switch (p.kept_as) {
+      case LstmWeights::state: return pack_as<Element, State>(w, p, units, packed);
+      case LstmWeights::element: return pack_as<Element, Element>(w, p, units, packed);
+      case LstmWeights::int8:
+        if constexpr (std::is_same_v<State, float>) pack_as<int8_t, int8_t>(w, p, units, packed);
     }
   }
 
@@ -306,7 +143,8 @@ struct Recurrence {
     const int d = part.direction;
     const int64_t H = a.shape.H;
     const State* bias = state(scratch.bias[d]);
-    const bool with_h = a.w_hh[d];
+    const bool with_h = scratch.w_hh[d];
+    const float* scale = a.int8_scale[d];
     ForwardRow rows[kBlockRows];
     const auto prepare = [&](Range some) {
       for (int64_t b = some.begin; b < some.end; ++b) rows[b - some.begin] = forward_row(a, scratch, where, d, s, b);
@@ -314,7 +152,7 @@ struct Recurrence {
     const auto ahead = [&rows, H](const Place<State>& p) __attribute__((always_inline)) {
       for (int g = 0; g < G; ++g) __builtin_prefetch(rows[p.slot].input + g * H + p.unit);
     };
-    const auto each = [&rows, bias, H, with_h](const Place<State>* places, auto number) __attribute__((always_inline)) {
+    const auto each = [&rows, bias, scale, H, with_h](const Place<State>* places, auto number) __attribute__((always_inline)) {
       constexpr int N = decltype(number)::value;
       const auto load = [places](const auto& one) __attribute__((always_inline)) { return load_each<N>(places, one); };
       const auto units = [H](const Place<State>& p) __attribute__((always_inline)) {
@@ -329,7 +167,10 @@ struct Recurrence {
       };
       const auto from_h = [&](int g) __attribute__((always_inline)) {
         return load([&](const Place<State>& p) __attribute__((always_inline)) {
-          return States::load(p.sums + g * lanes);
+          const V sum = States::load(p.sums + g * lanes);
+          if constexpr (std::is_same_v<State, float>)
+            if (scale) return sum * load_n<float>(scale + g * H + p.unit, units(p));
+          return sum;
         });
       };
       const auto rounded = [&](const auto& v) __attribute__((always_inline)) {
@@ -375,12 +216,14 @@ struct Recurrence {
           store_n<State>(rows[p.slot].m + p.unit, units(p), one);
         });
       } else if constexpr (cell == Cell::gru) {
-        const auto q = load([&](const Place<State>& p) __attribute__((always_inline)) {
-          const V sum = with_h ? States::load(p.sums + 2 * lanes)
-                               : load_n<Element>(rows[p.slot].input + 3 * H + p.unit, units(p));
-          return bias ? sum + load_n<State>(bias + 3 * H + p.unit, units(p)) : sum;
+        // W_hn h is the sum, or of the input's columns the fourth.
+        const auto q = with_h ? from_h(2) : load([&](const Place<State>& p) __attribute__((always_inline)) {
+          return load_n<Element>(rows[p.slot].input + 3 * H + p.unit, units(p));
         });
-        GruGates<decltype(from_x(0))> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2), q};
+        const auto b_hn = load([&](const Place<State>& p) __attribute__((always_inline)) {
+          return bias ? load_n<State>(bias + 3 * H + p.unit, units(p)) : V{};
+        });
+        GruGates<decltype(from_x(0))> gate{from_x(0) + from_h(0), from_x(1) + from_h(1), from_x(2), q + b_hn};
         const auto h_prev = load([&](const Place<State>& p) __attribute__((always_inline)) {
           return load_n<State>(rows[p.slot].h_prev + p.unit, units(p));
         });
@@ -395,7 +238,7 @@ struct Recurrence {
         });
       }
     };
-    for_products(with_h ? state(scratch.w_hh[d]) : nullptr, scratch.hh, active(where, part.rows, where.step(d, s)),
+    for_products<Element>(with_h ? scratch.w_hh[d] : nullptr, scratch.hh, active(where, part.rows, where.step(d, s)),
                  part.units, scratch_row(scratch.h, a.shape, s % 2 * a.shape.D + d, 0, output_size(a.shape)), s,
                  prepare, ahead, each);
   }
@@ -404,8 +247,8 @@ struct Recurrence {
   template <class Each>
   static void for_sums(const void* packed, const LstmPacking& packing, Range rows, Range units, const State* x,
                        int64_t s, const Each& each) {
-    for_products(
-        state(packed), packing, rows, units, x, s, [](Range) {}, [](const Place<State>&) {},
+    for_products<Element>(
+        packed, packing, rows, units, x, s, [](Range) {}, [](const Place<State>&) {},
         [&](const Place<State>* places, auto number) {
           for (int i = 0; i < decltype(number)::value; ++i)
             each(places[i].row, places[i].unit, States::load(places[i].sums));
@@ -501,13 +344,14 @@ struct Recurrence {
       const auto give = [&](int column, V grad) { store_n<Element>(dgates + column * H, n, grad); };
       const auto give_product = [&](int column, V grad) { store_n<State>(dgates_state + column * H, n, grad); };
       const bool clears = where.clears(d, t, b);
-      State* dh_state = scratch_row(scratch.h, a.shape, d, b, H) + j;
+      State* dh_state = scratch_row(scratch.h, a.shape, d, b, H) + j;  // without a projection
       V dh;
       if (scratch.m) {
         dh = load_n<State>(scratch_row(scratch.m, a.shape, d, b, H) + j, n);
       } else {
         dh = load_n<State>(dh_state, n);
         if (a.dy) dh += load_n<Element>(element(a.dy) + at, n);
+        if (!a.w_hh[d]) store_n<State>(dh_state, n, V{});
       }
       if constexpr (cell == Cell::lstm) {
         State* dc_state = scratch_row(scratch.c, a.shape, d, b, H) + j;
@@ -522,7 +366,7 @@ struct Recurrence {
       } else if constexpr (cell == Cell::gru) {
         const GruGates<V> gates{gate(0), gate(1), gate(2), gate(3)};
         const GruGates<V> grad = gru_cell_backward(gates, previous(where, d, t, b, j, n, element(a.y), a.h0), dh);
-        store_n<State>(dh_state, n, dh);
+        store_n<State>(dh_state, n, !a.w_hh[d] && clears ? V{} : dh);
         give(0, grad.r), give(1, grad.z), give(2, grad.n), give(3, grad.q);
         give_product(0, grad.r), give_product(1, grad.z), give_product(2, grad.q);
       } else {
@@ -548,10 +392,14 @@ struct Recurrence {
   }
 
   static const LstmKernels* table() {
-    static const LstmKernels kernels{SORA_ISA_NAME,    lanes,          sizeof(State),    pack,
-                                     add_biases,       forward_begin,  backward_begin,   backward_end,
-                                     forward_cell,     forward_project, backward_outputs, backward_project,
-                                     backward_cell,    backward_product, LstmStep<Element>::forward,
+    static const LstmKernels kernels{SORA_ISA_NAME,     lanes,
+                                     sizeof(State),     sizeof(Element),
+                                     pack,              add_biases,
+                                     forward_begin,     backward_begin,
+                                     backward_end,      forward_cell,
+                                     forward_project,   backward_outputs,
+                                     backward_project,  backward_cell,
+                                     backward_product,  LstmStep<Element>::forward,
                                      LstmStep<Element>::backward};
     return &kernels;
   }

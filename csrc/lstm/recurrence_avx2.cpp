@@ -2,6 +2,8 @@
 
 // What other translation units share comes before the instruction set is switched on: inline functions from here must
 // stay runnable anywhere.
+#include <immintrin.h>
+
 #include <type_traits>
 #include <utility>
 

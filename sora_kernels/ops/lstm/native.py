@@ -16,6 +16,7 @@ from ... import _native
 from . import steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
+from .int8 import Int8Weights
 from .pointers import CPU_DTYPES, DTYPE_CODES, pointable, pointer
 from .reference import Result, state_dtype
 from .rows import Rows
@@ -26,17 +27,24 @@ __all__ = ["CPU_DTYPES", "DTYPE_CODES", "backward", "forward"]
 def forward(
     cell: Cell, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, bias: bool,
-    tapes: bool,
+    tapes: bool, int8: Sequence[Int8Weights] = (),
 ) -> Result:  # fmt: skip
-    """As ``reference.layer``."""
+    """As ``reference.layer``; on the CPU with each direction's w_hh as int8 numbers, if there are any."""
     h0, c0 = pointable(x, h0), pointable(x, c0)
-    if _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+    if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(x, h0, c0, weights, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights = [pointable(x, w) for w in weights]
-    width = (cell.tape if tapes and rows.places is None else 0) or G
-    inputs = _input_products(rows.packed(x), weights, D, G * H, width * H)
+    addresses = _addresses(weights, sizes, bias, int8)
+    if not int8 and rows.T == 1 and rows.places is None and reset is None:
+        # h is known: nothing is worth packing for.
+        h_prev = [None if h0 is None else h0[d] for d in range(D)]
+        inputs, width = _all_products(cell, rows.packed(x), weights, D, h_prev), cell.tape or G
+        addresses = (0, 0, *addresses[2:])
+    else:
+        width = (cell.tape if tapes and rows.places is None else 0) or G
+        inputs = _input_products(rows.packed(x), weights, D, G * H, width * H)
     y, gates, cells, c_n = rows.empty(x, D * O), None, None, None
     if tapes and cell.tape:
         # Zero past a row's length: an op's outputs must not differ from run to run.
@@ -47,9 +55,9 @@ def forward(
     h_n = x.new_empty(D, rows.B, O)
     shape, keep = _shape(cell, rows, sizes, reset)
     _native.module().lstm_forward_cpu(
-        DTYPE_CODES[x.dtype], shape, inputs.data_ptr(), width * H,
-        _addresses(weights, sizes, bias), pointer(h0), pointer(c0), pointer(gates), y.data_ptr(),
-        pointer(cells), h_n.data_ptr(), pointer(c_n), _native.num_threads(),
+        DTYPE_CODES[x.dtype], shape, inputs.data_ptr(), width * H, addresses, pointer(h0),
+        pointer(c0), pointer(gates), y.data_ptr(), pointer(cells), h_n.data_ptr(), pointer(c_n),
+        _native.num_threads(),
     )  # fmt: skip
     del keep
     if gates is not None:
@@ -89,12 +97,19 @@ def backward(
     dh0, dc0 = x.new_empty(D, rows.B, O), x.new_empty(D, rows.B, H) if cell.has_c else None
     if cells is not None:
         dcells = pointable(cells, dcells)
+    addresses = _addresses(weights, sizes, bias)
+    one_step = rows.T == 1 and rows.places is None and reset is None and not P
+    if one_step:
+        addresses = (0, 0, *addresses[2:])
     _native.module().lstm_backward_cpu(
-        DTYPE_CODES[x.dtype], shape, pointer(gates), pointer(cells), y.data_ptr(), _addresses(weights, sizes, bias),
+        DTYPE_CODES[x.dtype], shape, pointer(gates), pointer(cells), y.data_ptr(), addresses,
         pointer(h0), pointer(c0), pointer(dy), pointer(dcells), pointer(dh_n), pointer(dc_n),
         dgates.data_ptr(), pointer(dh), dh0.data_ptr(), pointer(dc0), _native.num_threads(),
     )  # fmt: skip
     del keep
+    if one_step and needs[1]:
+        for d in range(D):
+            _add_dh(cell, dh0[d], dgates[d], weights[d * per + 1])
 
     dx: Tensor | None = None
     dweights: list[Tensor | None] = [None] * len(weights)
@@ -150,18 +165,25 @@ def _shape(
     return shape, (rows.batch_sizes, rows.order, reset)
 
 
-def _addresses(weights: Sequence[Tensor], sizes: Sizes, bias: bool) -> tuple[int, ...]:
-    """w_hh, b_ih, b_hh, w_hr: both directions of each, 0 for what is not there."""
-    if len(weights) == 4 and bias:
+def _addresses(
+    weights: Sequence[Tensor], sizes: Sizes, bias: bool, int8: Sequence[Int8Weights] = ()
+) -> tuple[int, ...]:
+    """w_hh, b_ih, b_hh, w_hr, int8, its scale: both directions of each, 0 for what is not there."""
+    if len(weights) == 4 and bias and not int8:
         _, w_hh, b_ih, b_hh = weights
-        return w_hh.data_ptr(), 0, b_ih.data_ptr(), 0, b_hh.data_ptr(), 0, 0, 0
-    per = len(weights) // sizes.directions
-    places = (1, *((2, 3) if bias else (-1, -1)), per - 1 if sizes.proj_size else -1)
-    return tuple(
-        weights[d * per + k].data_ptr() if k >= 0 and d < sizes.directions else 0
-        for k in places
-        for d in (0, 1)
+        return w_hh.data_ptr(), 0, b_ih.data_ptr(), 0, b_hh.data_ptr(), 0, 0, 0, 0, 0, 0, 0
+    D, per = sizes.directions, len(weights) // sizes.directions
+    places = (
+        -1 if int8 else 1,
+        *((2, 3) if bias else (-1, -1)),
+        per - 1 if sizes.proj_size else -1,
     )
+    found = [
+        weights[d * per + k].data_ptr() if k >= 0 and d < D else 0 for k in places for d in (0, 1)
+    ]
+    for k in (0, 1):
+        found += [int8[d][k].data_ptr() if d < len(int8) else 0 for d in (0, 1)]
+    return tuple(found)
 
 
 def _input_products(x: Tensor, weights: Sequence[Tensor], D: int, used: int, width: int) -> Tensor:
@@ -185,34 +207,59 @@ def _previous_states(
     return h_prev
 
 
+def _all_products(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], D: int, h_prev: Sequence[Tensor | None]
+) -> Tensor:
+    """x W_ih^T + h W_hh^T of each direction, where every h is known; None is zero. [D, N, G*H]; of a
+    GRU [D, N, 4*H], whose W_hn h stays by itself behind.
+    """
+    G, columns = cell.gates, 4 if cell is GRU else cell.gates
+    H, per = len(weights[1]) // G, len(weights) // D
+    products = _input_products(x, weights, D, G * H, columns * H).view(D, len(x), columns * H)
+    added = 2 * H if cell is GRU else G * H
+    for d in range(D):
+        h, w_hh = h_prev[d], weights[d * per + 1].t()
+        if h is not None:
+            products[d, :, :added].addmm_(h, w_hh[:, :added])
+        if cell is not GRU:
+            continue
+        if h is None:
+            products[d, :, 3 * H :] = 0
+        else:
+            torch.mm(h, w_hh[:, added:], out=products[d, :, 3 * H :])
+    return products
+
+
 def _tapes_again(
     cell: Cell, rows: Rows, sizes: Sizes, shape: tuple[int, ...], weights: Sequence[Tensor],
     bias: bool, packed_x: Tensor, h_prev: Sequence[Tensor | None], h0: Tensor | None,
     c0: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """cells and gates from x and y: with every h known, the products of all steps are one GEMM."""
-    (D, H, _), G, tape = sizes, cell.gates, cell.tape
-    per = len(weights) // D
-    products = _input_products(packed_x, weights, D, G * H, tape * H).view(D, rows.N, tape * H)
-    added = 2 * H if cell is GRU else G * H  # a GRU's W_hn h stays by itself
-    for d in range(D):
-        states, w_hh = h_prev[d], weights[d * per + 1].t()
-        assert states is not None
-        products[d, :, :added].addmm_(states, w_hh[:, :added])
-        if cell is GRU:
-            torch.mm(states, w_hh[:, added:], out=products[d, :, 3 * H :])
+    (D, H, _), tape = sizes, cell.tape
+    products = _all_products(cell, packed_x, weights, D, h_prev)
     gates = products
     if rows.places is not None:
         gates = packed_x.new_empty(D, rows.T * rows.B, tape * H)
     cells = None
     if cell.has_c:
         cells = rows.empty(packed_x, D * H, state_dtype(packed_x.dtype))
-    addresses = (0, 0, *_addresses(weights, sizes, bias)[2:6], 0, 0)
+    addresses = (0, 0, *_addresses(weights, sizes, bias)[2:6], *(0,) * 6)
     _native.module().lstm_forward_cpu(
         DTYPE_CODES[packed_x.dtype], shape, products.data_ptr(), tape * H, addresses, pointer(h0),
         pointer(c0), gates.data_ptr(), 0, pointer(cells), 0, 0, _native.num_threads(),
     )  # fmt: skip
     return cells, gates
+
+
+def _add_dh(cell: Cell, dh: Tensor, dgates: Tensor, w_hh: Tensor) -> None:
+    """Adds the gradient of W_hh h in h."""
+    if cell is not GRU:
+        dh.addmm_(dgates, w_hh)
+        return
+    H = dh.shape[1]
+    dh.addmm_(dgates[:, : 2 * H], w_hh[: 2 * H])
+    dh.addmm_(dgates[:, 3 * H :], w_hh[2 * H :])
 
 
 def _dw_hh(cell: Cell, dgates: Tensor, h_prev: Tensor) -> Tensor:

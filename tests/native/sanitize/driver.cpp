@@ -152,6 +152,9 @@ Problem make_problem(Random& random, bool large) {
     if (bias) p.b_ih[d] = random.values(G * p.H, p.dtype, 0.5), p.b_hh[d] = random.values(G * p.H, p.dtype, 0.5);
     if (p.P) p.w_hr[d] = random.values(p.P * p.H, p.dtype, weight);
   }
+  p.int8 = p.dtype != DType::float64 && random.one_in(5);
+  for (int64_t d = 0; p.int8 && d < p.D; ++d)
+    for (int64_t k = 0; k < G * p.H * O; ++k) p.w_hh[d][k] = random.in(-127, 127) * p.int8_scale(k / O);
   const int64_t rows = p.data_rows() * p.D;
   p.input = random.values(p.D * p.packed_rows() * p.input_width(), p.dtype, 2);
   if (!random.one_in(3)) p.h0 = random.values(p.D * p.B * O, p.dtype, 1);
@@ -168,12 +171,13 @@ Problem make_problem(Random& random, bool large) {
 std::string describe(const Problem& p, int threads) {
   static const char* const cells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
   char text[200];
-  std::snprintf(text, sizeof(text), "%s, %lld-byte elements, T %lld, B %lld, H %lld, P %lld, D %d%s%s%s%s%s, threads %d",
+  std::snprintf(text, sizeof(text), "%s, %lld-byte elements, T %lld, B %lld, H %lld, P %lld, D %d%s%s%s%s%s%s, threads %d",
                 cells[static_cast<int>(p.cell)], static_cast<long long>(bytes_of(p.dtype)),
                 static_cast<long long>(p.T), static_cast<long long>(p.B), static_cast<long long>(p.H),
                 static_cast<long long>(p.P), p.D, p.batch_sizes.empty() ? "" : ", ragged",
                 p.order.empty() ? "" : " by order", p.reset.empty() ? "" : ", reset",
-                p.b_ih[0].empty() ? ", no bias" : "", p.gates_given ? ", gates given" : "", threads);
+                p.b_ih[0].empty() ? ", no bias" : "", p.gates_given ? ", gates given" : "",
+                p.int8 ? ", int8" : "", threads);
   return text;
 }
 
@@ -193,6 +197,25 @@ struct ShapeArrays {
     std::unique_ptr<T[]> found(new T[values.size()]);
     std::memcpy(found.get(), values.data(), values.size() * sizeof(T));
     return found;
+  }
+};
+
+struct Int8Weights {
+  std::unique_ptr<char[]> packed[2];
+  std::unique_ptr<float[]> scale[2];
+
+  explicit Int8Weights(const Problem& p) {
+    for (int d = 0; p.int8 && d < p.D; ++d) {
+      const int64_t rows = p.gates() * p.H, O = p.out();
+      scale[d].reset(new float[rows]);
+      const std::unique_ptr<int8_t[]> whole(new int8_t[rows * O]);
+      for (int64_t r = 0; r < rows; ++r) {
+        scale[d][r] = float(p.int8_scale(r));
+        for (int64_t k = 0; k < O; ++k) whole[r * O + k] = int8_t(std::lrint(p.w_hh[d][r * O + k] / p.int8_scale(r)));
+      }
+      packed[d].reset(new char[sora::lstm_int8_bytes_cpu(p.cell, p.H, O)]);
+      sora::lstm_pack_int8_cpu(p.cell, p.H, O, whole.get(), packed[d].get());
+    }
   }
 };
 
@@ -219,13 +242,19 @@ void check_forward(const Problem& p, const scalar::Outputs& expected, Random& ra
   const Array b_ih[2] = {given(p.b_ih[0]), given(p.b_ih[1])}, b_hh[2] = {given(p.b_hh[0]), given(p.b_hh[1])},
               w_hh[2] = {given(p.w_hh[0]), given(p.w_hh[1])}, w_hr[2] = {given(p.w_hr[0]), given(p.w_hr[1])},
               h0 = given(p.h0), c0 = given(p.c0);
-  const auto weight = [&](const Array& w) { return p.gates_given ? nullptr : w.or_null(); };
+  const bool int8 = p.int8 && !p.gates_given;
+  const Int8Weights quantised(p);
+  const auto weight = [&](const Array& w) { return p.gates_given || int8 ? nullptr : w.or_null(); };
+  const auto packed = [&](int d) { return int8 ? quantised.packed[d].get() : nullptr; };
+  const auto scale = [&](int d) { return int8 ? quantised.scale[d].get() : nullptr; };
   const sora::LstmForward args{arrays.shape,
                                input.data(),
                                stride,
                                {b_ih[0].or_null(), b_ih[1].or_null()},
                                {b_hh[0].or_null(), b_hh[1].or_null()},
                                {weight(w_hh[0]), weight(w_hh[1])},
+                               {packed(0), packed(1)},
+                               {scale(0), scale(1)},
                                {w_hr[0].or_null(), w_hr[1].or_null()},
                                h0.or_null(),
                                c0.or_null(),

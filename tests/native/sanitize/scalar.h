@@ -36,10 +36,12 @@ struct Problem {
   std::vector<int64_t> batch_sizes, order;
   std::vector<uint8_t> reset;  // data rows
   bool gates_given = false;    // w_hh is null: `input` holds W_hh h(t-1)
+  bool int8 = false;           // row r of w_hh is whole numbers of up to 127 times int8_scale(r)
   Values input;                // [D, packed rows, input_width()], dense
   Values b_ih[2], b_hh[2], w_hh[2], w_hr[2], h0, c0;
   Values dy, dcells, dh_n, dc_n;
 
+  double int8_scale(int64_t row) const { return std::ldexp(1, -7 - int(row % 3)); }
   int64_t gates() const { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
   int64_t tape() const { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
   int64_t dgates() const { return cell == Cell::gru ? 4 : gates(); }
