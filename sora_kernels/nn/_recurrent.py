@@ -13,6 +13,7 @@ from ..ops.lstm import stack
 from ..ops.lstm.arguments import States, autocast, operator_of, validate
 from ..ops.lstm.backends import OPERATORS
 from ..ops.lstm.cells import CELLS, Cell
+from ..ops.lstm.int8 import Int8Cache
 
 _CELLS = {name.upper(): cell for name, cell in CELLS.items()}  # by nn.RNNBase.mode
 
@@ -31,9 +32,10 @@ class Recurrent(nn.RNNBase):
     # Defaults for modules that were pickled before the option existed.
     backend: str | None = None
     memory: str = "save"
+    int8: bool = False
 
     def __init__(
-        self, mode: str, *args: Any, backend: str | None, memory: str, **kwargs: Any
+        self, mode: str, *args: Any, backend: str | None, memory: str, int8: bool, **kwargs: Any
     ) -> None:
         OPERATORS[operator_of(_CELLS[mode])].check_name(backend)
         if memory not in ("save", "recompute"):
@@ -41,11 +43,18 @@ class Recurrent(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
         self.memory = memory
+        self.int8 = int8
+        self._int8_weights = Int8Cache()
         self._weight_shapes = [w.shape for w in self._weights()]
 
     @classmethod
     def from_torch(
-        cls: type[R], module: Any, *, backend: str | None = None, memory: str = "save"
+        cls: type[R],
+        module: Any,
+        *,
+        backend: str | None = None,
+        memory: str = "save",
+        int8: bool = False,
     ) -> R:
         """The same layer over the same Parameter objects."""
         expected = cls.torch_class
@@ -53,7 +62,9 @@ class Recurrent(nn.RNNBase):
             raise TypeError(
                 f"module: expected torch.nn.{expected.__name__}, got {type(module).__name__}"
             )
-        new: Any = cls(**_arguments(module), device="meta", backend=backend, memory=memory)
+        new: Any = cls(
+            **_arguments(module), device="meta", backend=backend, memory=memory, int8=int8
+        )
         return _share(new, module)
 
     def to_torch(self) -> Any:
@@ -63,7 +74,7 @@ class Recurrent(nn.RNNBase):
     def extra_repr(self) -> str:
         options = [
             f", {name}={getattr(self, name)!r}"
-            for name in ("backend", "memory")
+            for name in ("backend", "memory", "int8")
             if getattr(self, name) != getattr(Recurrent, name)
         ]
         return super().extra_repr() + "".join(options)
@@ -133,6 +144,7 @@ class Recurrent(nn.RNNBase):
             cell, x, states, weights, self.bias, self.num_layers, self.bidirectional,
             self.batch_first, self.proj_size, self.dropout, self.training, lengths=lengths,
             reset=reset, return_cells=return_cells, memory=self.memory, backend=self._backend(cell),
+            int8=self._int8_weights if self.int8 else None,
         )  # fmt: skip
 
     def _packed(
@@ -171,6 +183,7 @@ class Recurrent(nn.RNNBase):
             cell, data, states, weights, self.bias, self.num_layers, self.bidirectional,
             False, self.proj_size, self.dropout, self.training, batch_sizes=batch_sizes,
             return_cells=return_cells, memory=self.memory, backend=self._backend(cell),
+            int8=self._int8_weights if self.int8 else None,
         )  # fmt: skip
         if back is not None:
             states = tuple(s.index_select(1, back) for s in states)
@@ -183,6 +196,13 @@ class Recurrent(nn.RNNBase):
     def _backend(self, cell: Cell) -> str:
         chosen = self.backend
         return OPERATORS[operator_of(cell)].check_name(chosen) if chosen else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is packed for this machine's kernels stays here.
+        return super().__getstate__() | {"_int8_weights": Int8Cache()}
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__({"_int8_weights": Int8Cache()} | d)
 
     def _weights(self) -> list[Tensor]:
         # The dict of parameters is five times faster than getattr, and functional_call writes

@@ -20,6 +20,9 @@ class GRU(Recurrent):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype: as ``torch.nn.GRU``.
         backend, memory: as :func:`sora_kernels.gru`; not part of the state dict.
+        int8: keep a copy of each ``w_hh`` as int8 numbers with a scale a gate row, and use it where no
+            gradient is wanted, on the CPU, in fp32 or bf16, for up to 8 rows. Parameters and state
+            dict stay as they are.
 
     Shape:
         input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a
@@ -48,12 +51,13 @@ class GRU(Recurrent):
         *,
         backend: str | None = None,
         memory: str = "save",
+        int8: bool = False,
         proj_size: None = None,
     ) -> None:
         refuse_projection(proj_size)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, backend=backend, memory=memory,
+            0, device, dtype, backend=backend, memory=memory, int8=int8,
         )  # fmt: skip
 
     def forward(

@@ -22,6 +22,9 @@ class LSTM(Recurrent):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype: as ``torch.nn.LSTM``.
         backend, memory: as :func:`sora_kernels.lstm`; not part of the state dict.
+        int8: keep a copy of each ``w_hh`` as int8 numbers with a scale a gate row, and use it where no
+            gradient is wanted, on the CPU, in fp32 or bf16, for up to 8 rows. Parameters and state
+            dict stay as they are.
 
     Shape:
         input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a
@@ -58,10 +61,11 @@ class LSTM(Recurrent):
         *,
         backend: str | None = None,
         memory: str = "save",
+        int8: bool = False,
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, backend=backend, memory=memory,
+            proj_size, device, dtype, backend=backend, memory=memory, int8=int8,
         )  # fmt: skip
 
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size

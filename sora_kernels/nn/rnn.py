@@ -20,6 +20,9 @@ class RNN(Recurrent):
         input_size, hidden_size, num_layers, nonlinearity ("tanh" or "relu"), bias, batch_first,
             dropout, bidirectional, device, dtype: as ``torch.nn.RNN``.
         backend, memory: as :func:`sora_kernels.rnn`; not part of the state dict.
+        int8: keep a copy of each ``w_hh`` as int8 numbers with a scale a gate row, and use it where no
+            gradient is wanted, on the CPU, in fp32 or bf16, for up to 8 rows. Parameters and state
+            dict stay as they are.
 
     Shape:
         input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a
@@ -49,6 +52,7 @@ class RNN(Recurrent):
         *,
         backend: str | None = None,
         memory: str = "save",
+        int8: bool = False,
         proj_size: None = None,
     ) -> None:
         refuse_projection(proj_size)
@@ -58,7 +62,7 @@ class RNN(Recurrent):
             )
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, 0, device, dtype, backend=backend, memory=memory,
+            dropout, bidirectional, 0, device, dtype, backend=backend, memory=memory, int8=int8,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 

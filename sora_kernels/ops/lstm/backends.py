@@ -13,6 +13,7 @@ from ..._dispatch import YES, Backend, Operator, Verdict, no
 from . import native, reference, stock
 from .arguments import States, autocast
 from .cells import CELLS, Cell
+from .int8 import MAX_BATCH
 
 
 class Facts(NamedTuple):
@@ -134,6 +135,18 @@ def _prefer(facts: Facts) -> tuple[str, ...]:
             again = facts.recompute and facts.grad
             return _NATIVE_FIRST if facts.proj_size or again else _TORCH_FIRST
     return _NATIVE_FIRST
+
+
+def runs_int8(backend: str, facts: Facts) -> bool:
+    """Whether a call of a module with ``int8=True`` goes by int8 weights."""
+    return (
+        backend in ("", "native")
+        and not (facts.grad or facts.cells)
+        and facts.batch <= MAX_BATCH
+        and facts.dtype in (torch.float32, torch.bfloat16)
+        and _on_cpu(facts)
+        and _native.status().ok
+    )
 
 
 class _Reference:

@@ -6,6 +6,7 @@ the time saved. Activations, sums and all other weights stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,3 +42,21 @@ def quantise(cell: Cell, w_hh: Tensor) -> Int8Weights:
     packed = torch.empty(module.lstm_int8_bytes_cpu(cell.code, H, P), dtype=torch.int8)
     module.lstm_pack_int8_cpu(cell.code, H, P, whole.contiguous().data_ptr(), packed.data_ptr())
     return Int8Weights(packed, scale)
+
+
+class Int8Cache:
+    """A module's int8 weights, made again when a ``w_hh`` was replaced or written to in place. (A
+    write through ``.data`` goes unseen, as by autograd.)
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int]] = []
+        self._made: list[Int8Weights] = []
+
+    def of(self, cell: Cell, w_hh: Sequence[Tensor]) -> list[Int8Weights]:
+        """Of every layer and direction."""
+        seen = [(w.data_ptr(), w._version) for w in w_hh]
+        if seen != self._seen:
+            self._made = [quantise(cell, w) for w in w_hh]
+            self._seen = seen
+        return self._made

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import register
-from . import reference
+from . import native, reference
 from .arguments import Sizes, operator_of
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
+from .int8 import Int8Weights
 
 
 @contextlib.contextmanager
@@ -132,6 +133,19 @@ class Layer:
             with _settled(x, precision):
                 return impl.forward(*args)
         return impl.forward(*args)
+
+    def int8(
+        self, x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor],
+        batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, bias: bool,
+        int8: Sequence[Int8Weights],
+    ) -> Tensors:  # fmt: skip
+        """y and the last states, without gradients, by int8 weights of each direction."""
+        h0, c0 = (*states, None)[:2]
+        with _settled(x, ""):
+            found = native.forward(
+                self.cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, False, int8
+            )
+        return found[: 1 + len(states)]
 
     def _forward_fake(
         self, x, h0, c0, weights, batch_sizes, lengths, reset, bias, precision, backend

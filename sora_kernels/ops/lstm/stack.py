@@ -12,8 +12,9 @@ from ..common.dropout import dropout as drop
 from ..common.gradient import transformed
 from . import stock
 from .arguments import Sizes, States, autocast, validate
-from .backends import OPERATORS, facts_of
+from .backends import OPERATORS, facts_of, runs_int8
 from .cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell
+from .int8 import Int8Cache, Int8Weights
 from .op import LAYERS
 
 
@@ -22,7 +23,7 @@ def run(
     bidirectional: bool, batch_first: bool, proj_size: int, dropout: float, training: bool, *,
     lengths: Tensor | None = None, batch_sizes: Tensor | None = None, reset: Tensor | None = None,
     return_cells: bool = False, memory: str = "save", precision: str | None = None,
-    backend: str = "",
+    backend: str = "", int8: Int8Cache | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:  # fmt: skip
     """The public functions on arguments that are known to be good.
 
@@ -30,6 +31,7 @@ def run(
         hx: the states that the cell has, [L*D, B, ...] each, or None.
         batch_sizes: int64 [T] on the CPU, not increasing: x [N, I] and reset [N] are packed, and
             batch_first has no meaning.
+        int8: where the weights' int8 form is kept, if it may be used.
 
     Returns:
         y, the last states, and the last layer's cells if return_cells.
@@ -44,6 +46,7 @@ def run(
     layer, recompute = LAYERS[cell.name], memory == "recompute"
     found: Any = ()
     recorded = True  # by autograd; also the way under compile and torch.func
+    narrow: Sequence[Int8Weights] = ()
     if torch._C._get_tracing_state() is not None:
         recorded = False  # a trace holds the op, under the name that was asked for
     elif not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
@@ -51,7 +54,11 @@ def run(
             cell, x, hx, weights, batch_sizes, bidirectional, proj_size, lengths, reset,
             return_cells, memory, precision,
         )  # fmt: skip
-        name = layer.operator.select(backend, facts).name
+        name = "native"
+        if int8 is not None and runs_int8(backend, facts):
+            narrow = int8.of(cell, weights[1 :: len(weights) // (num_layers * facts.directions)])
+        else:
+            name = layer.operator.select(backend, facts).name
         if name == "torch" and not (recompute and facts.grad):  # it has gradients of its own
             if hx is None:
                 sizes = Sizes(facts.directions, facts.hidden_size, proj_size)
@@ -77,7 +84,12 @@ def run(
             if k and dropout and training:
                 y = drop(y, dropout)
         with_cells = return_cells and k == last
-        if recorded:
+        if narrow:
+            found = layer.int8(
+                y, own, own_weights, batch_sizes, lengths, reset, bias,
+                narrow[k * directions : (k + 1) * directions],
+            )  # fmt: skip
+        elif recorded:
             call = layer.call_with_cells if with_cells else layer.call
             found = call((y, *own, batch_sizes, lengths, reset, *own_weights), flags, backend)
         else:
