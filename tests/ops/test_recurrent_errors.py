@@ -133,7 +133,7 @@ def test_native_says_why_on_the_cpu(recurrent, kind):
 def facts(**changed):
     """Of a call that every backend takes on CUDA."""
     plain = {
-        "cell": "lstm", "device": torch.device("cuda"), "dtype": torch.float32, "steps": 5,
+        "cell": "lstm", "device": torch.device("cuda"), "dtype": torch.float32, "steps": 50,
         "batch": 3, "hidden_size": 64, "proj_size": 0, "directions": 1, "grad": False,
         "tapes": False, "ragged": False, "reset": False, "cells": False, "recompute": False,
         "precision": "",
@@ -170,6 +170,9 @@ FIRST = [
     ({"device": CPU, "batch": 64, "dtype": torch.float64}, "native"),
     ({"device": CPU, "batch": 64, "cell": "gru"}, "native"),
     ({"device": CPU, "batch": 64, "cell": "rnn_relu"}, "native"),
+    ({"device": CPU, "batch": 64, "cell": "gru", "steps": 1}, "torch"),
+    ({"device": CPU, "batch": 64, "steps": 5}, "native"),
+    ({"device": CPU, "batch": 1024, "grad": True}, "native"),
 ]
 
 

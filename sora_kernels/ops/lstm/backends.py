@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -85,37 +86,66 @@ def _torch_can_run(facts: Facts) -> Verdict:
     return YES
 
 
+_Span = tuple[int, int]  # from and to, both included
+_ANY = (0, 1 << 62)
+
+
 class _Region(NamedTuple):
-    """CPU calls of at least so many rows, units and steps; of both kinds where a flag is None."""
+    """Calls on the CPU for even rows; with and without gradients where ``grad`` is None."""
 
-    batch: int = 0
-    hidden_size: int = 0
-    steps: int = 0
+    batch: _Span = _ANY
+    hidden_size: _Span = _ANY
+    steps: _Span = _ANY
     grad: bool | None = None
-    ragged: bool | None = False
 
-    def holds(self, facts: Facts) -> bool:
+    def holds(self, batch: int, hidden_size: int, steps: int, grad: bool) -> bool:
+        (least_b, most_b), (least_h, most_h), (least_t, most_t), _ = self
         return (
-            facts.batch >= self.batch
-            and facts.hidden_size >= self.hidden_size
-            and facts.steps >= self.steps
-            and (self.grad is None or facts.grad == self.grad)
-            and (self.ragged is None or facts.ragged == self.ragged)
+            least_t <= steps <= most_t
+            and least_b <= batch <= most_b
+            and least_h <= hidden_size <= most_h
+            and self.grad in (None, grad)
         )
 
 
-# Where torch is faster on the CPU: oneDNN's blocked GEMM with enough rows to fill it. It takes LSTM
-# on even rows alone; all else runs step by step there.
+def _from(least: int) -> _Span:
+    return least, _ANY[1]
+
+
+_ONE = (1, 1)
+# Of a single step GEMM and host work are all there is, and torch's host work is in C++.
+_ONE_STEP = (
+    _Region(batch=(1, 512), hidden_size=(1, 96), steps=_ONE),
+    _Region(batch=(1, 4), hidden_size=(97, 200), steps=_ONE),
+    _Region(batch=(5, 64), hidden_size=(97, 200), steps=_ONE, grad=True),
+    _Region(batch=(1, 32), hidden_size=_from(201), steps=_ONE, grad=True),
+)
+# Where torch is faster on the CPU, as measured (README.md). LSTM: oneDNN's blocked GEMM, with rows
+# enough to fill it; it does not take ragged rows.
 _TORCH_FASTER: dict[str, dict[torch.dtype, tuple[_Region, ...]]] = {
     "lstm": {
         torch.float32: (
-            _Region(batch=9, hidden_size=33, grad=False),
-            _Region(batch=17, hidden_size=33, grad=True),
+            _Region(batch=_from(10), hidden_size=_from(97), steps=_from(16), grad=False),
+            _Region(batch=_from(20), hidden_size=(49, 96), steps=_from(16), grad=False),
+            _Region(batch=_from(48), hidden_size=(25, 48), steps=_from(16), grad=False),
+            _Region(batch=_from(200), hidden_size=(1, 24), steps=_from(16), grad=False),
+            _Region(batch=_from(32), hidden_size=_from(200), grad=False),
+            _Region(batch=_from(48), hidden_size=(97, 199), grad=False),
+            _Region(batch=_from(128), hidden_size=(49, 96), grad=False),
+            _Region(batch=_from(1024), hidden_size=(25, 48), grad=False),
+            _Region(batch=(15, 160), hidden_size=(97, 199), steps=_from(16), grad=True),
+            _Region(batch=(32, 160), hidden_size=(49, 96), steps=_from(16), grad=True),
+            _Region(batch=(48, 512), hidden_size=(97, 199), grad=True),
+            _Region(batch=(160, 512), hidden_size=(49, 96), steps=(1, 15), grad=True),
         ),
     },
-    "gru": {},
-    "rnn_tanh": {},
-    "rnn_relu": {},
+    "gru": {torch.float32: _ONE_STEP},
+    "rnn_tanh": {
+        torch.float32: (*_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True))
+    },
+    "rnn_relu": {
+        torch.float32: (*_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True))
+    },
 }
 if torch.cpu._is_avx512_bf16_supported():  # oneDNN has dot products of bf16 there, we have not
     _TORCH_FASTER["lstm"][torch.bfloat16] = (_Region(),)
@@ -124,17 +154,27 @@ _NATIVE_FIRST = ("native", "torch", "reference")
 _TORCH_FIRST = ("torch", "native", "reference")
 
 
+@lru_cache(maxsize=1024)
+def _torch_is_faster(
+    cell: str, dtype: torch.dtype, batch: int, hidden_size: int, steps: int, grad: bool
+) -> bool:
+    """Of even rows on the CPU."""
+    regions = _TORCH_FASTER[cell].get(dtype, ())
+    return any(region.holds(batch, hidden_size, steps, grad) for region in regions)
+
+
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind each line."""
     if not _on_cpu(facts):
         # cuDNN's loop over steps is never slower than ours, but it is not bitwise repeatable.
         return _NATIVE_FIRST if torch.are_deterministic_algorithms_enabled() else _TORCH_FIRST
-    for region in _TORCH_FASTER[facts.cell].get(facts.dtype, ()):
-        if region.holds(facts):
-            # Torch has no projections in oneDNN, and to recompute runs the whole layer again.
-            again = facts.recompute and facts.grad
-            return _NATIVE_FIRST if facts.proj_size or again else _TORCH_FIRST
-    return _NATIVE_FIRST
+    # Torch has no projections in oneDNN, and to recompute runs the whole layer again.
+    if facts.ragged or facts.proj_size or (facts.recompute and facts.grad):
+        return _NATIVE_FIRST
+    torch_first = _torch_is_faster(
+        facts.cell, facts.dtype, facts.batch, facts.hidden_size, facts.steps, facts.grad
+    )
+    return _TORCH_FIRST if torch_first else _NATIVE_FIRST
 
 
 def runs_int8(backend: str, facts: Facts) -> bool:
