@@ -21,8 +21,9 @@ class RNN(Recurrent):
             dropout, bidirectional, device, dtype: as ``torch.nn.RNN``.
         backend, memory: as :func:`sora_kernels.rnn`; not part of the state dict.
         int8: keep a copy of each ``w_hh`` as int8 numbers with a scale a gate row, and use it where no
-            gradient is wanted, on the CPU, in fp32 or bf16, for up to 8 rows. Parameters and state
-            dict stay as they are.
+            gradient is wanted, on the CPU, in fp32 or bf16, for few rows and many units: B <= 8 and
+            hidden_size >= max(192, 64 B). y is then off by about 1e-3 of its size. Parameters and
+            state dict stay as they are; torch.compile and torch.func use them.
 
     Shape:
         input ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a

@@ -10,12 +10,18 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import sora_kernels as sk
-from sora_kernels.ops.lstm import native
+from sora_kernels.ops.lstm import backends, native
+from sora_kernels.ops.lstm.backends import int8_pays
 from sora_kernels.ops.lstm.int8 import MAX_BATCH
 
 pytestmark = pytest.mark.native
 
 MODULES = {"lstm": sk.nn.LSTM, "gru": sk.nn.GRU, "rnn": sk.nn.RNN}
+
+
+@pytest.fixture(autouse=True)
+def small_sizes_too(monkeypatch):
+    monkeypatch.setattr(backends, "int8_pays", lambda batch, hidden_size: batch <= MAX_BATCH)
 
 
 @pytest.fixture(params=MODULES)
@@ -116,6 +122,12 @@ def test_only_where_no_gradient_is_wanted_and_rows_are_few(make, used):
         assert used[-1]
         module.bfloat16()(torch.randn(3, 2, 4, dtype=torch.bfloat16))
         assert used[-1]
+
+
+def test_only_where_it_pays():
+    pays = {(1, 191): False, (1, 192): True, (4, 255): False, (4, 256): True, (8, 512): True}
+    for (batch, hidden_size), expected in {**pays, (9, 4096): False}.items():
+        assert int8_pays(batch, hidden_size) == expected
 
 
 def test_weights_that_change_are_seen(make):

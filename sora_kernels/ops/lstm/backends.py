@@ -177,13 +177,18 @@ def _prefer(facts: Facts) -> tuple[str, ...]:
     return _TORCH_FIRST if torch_first else _NATIVE_FIRST
 
 
+def int8_pays(batch: int, hidden_size: int) -> bool:
+    """Whether a step's weights are worth more than what it does with them; README.md has the rows."""
+    return batch <= MAX_BATCH and hidden_size >= max(192, 64 * batch)
+
+
 def runs_int8(backend: str, facts: Facts) -> bool:
     """Whether a call of a module with ``int8=True`` goes by int8 weights."""
     return (
         backend in ("", "native")
         and not (facts.grad or facts.cells)
-        and facts.batch <= MAX_BATCH
         and facts.dtype in (torch.float32, torch.bfloat16)
+        and int8_pays(facts.batch, facts.hidden_size)
         and _on_cpu(facts)
         and _native.status().ok
     )
