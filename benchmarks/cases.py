@@ -30,6 +30,7 @@ class Case:
         check: provider -> the 2x rule against plain torch and fp64; raises where it is broken.
         bytes, flops: least traffic and arithmetic of one call.
         info: whatever else belongs into the row.
+        within_2x: whether ``check`` holds the 2x rule; int8 weights have a bound of their own.
     """
 
     group: str
@@ -40,6 +41,7 @@ class Case:
     bytes: int
     flops: int
     info: dict[str, Any] = field(default_factory=dict)
+    within_2x: bool = True
 
     baseline = "torch"
 

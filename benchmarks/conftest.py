@@ -122,7 +122,7 @@ def measured(benchmark: Any, pytestconfig: pytest.Config, providers: list[str]) 
         found = _MEASURED[case.group]
         benchmark.extra_info.update(cases.row(case, provider, found))
         benchmark.extra_info["errors"] = errors
-        benchmark.extra_info["within_2x"] = True
+        benchmark.extra_info["within_2x"] = case.within_2x
         timers.inject(benchmark, found.samples[provider], found.calls[provider])
         if found.void and provider == case.baseline:
             _VOID.append(f"{case.group}: {found.void}")

@@ -20,11 +20,13 @@ ROWS = {op: sorted(shapes.load(op, "cuda")) for op in MODULES}
 BF16 = [
     (op, name) for op in MODULES for name, row in shapes.load(op, "cpu").items() if "bf16" in row
 ]
+INT8 = [("lstm", "torch.b1_h512"), ("gru", "torch.b1_h256")]
 
 
 def build(
-    op: str, layer: str, mode: str, device: str, dtype_name: str, tiny: bool, providers: list[str]
-) -> cases.Case:
+    op: str, layer: str, mode: str, device: str, dtype_name: str, tiny: bool, providers: list[str],
+    int8: bool = False,
+) -> cases.Case:  # fmt: skip
     shape = shapes.load(op, device, tiny).get(layer)
     if shape is None:
         pytest.skip("a GPU row")
@@ -49,7 +51,8 @@ def build(
             own.flatten_parameters()
             return own if provider == "torch" else torch.compile(own)
         backend = provider.partition(":")[2] or None
-        ours = getattr(sk.nn, op.upper())(shape["input"], shape["hidden"], **size, backend=backend)
+        kind = getattr(sk.nn, op.upper())
+        ours = kind(shape["input"], shape["hidden"], **size, backend=backend, int8=int8)
         ours.to(device, dtype).load_state_dict(stock.state_dict())
         return ours.train(training)
 
@@ -73,13 +76,13 @@ def build(
         truth, plain = expected()
         ours = cases.evaluate(module(provider), inputs(dtype), grads(dtype))
         ours = {name.replace("_orig_mod.", ""): t for name, t in ours.items()}
-        return cases.compare(ours, plain, truth, kink=False)
+        return _int8_errors(ours, truth) if int8 else cases.compare(ours, plain, truth, kink=False)
 
     weights = sum(p.numel() for p in stock.parameters())
     products = sum(p.numel() for name, p in stock.named_parameters() if "weight" in name)
     passes = 3 if training else 1
     return cases.Case(
-        f"{op}/{layer}/{mode}/{device}/{dtype_name}",
+        f"{op}/{layer}/{mode}/{device}/{dtype_name}" + "/int8" * int8,
         device,
         dtype,
         {provider: functools.partial(call, provider) for provider in providers},
@@ -89,7 +92,22 @@ def build(
         2 * x.shape[:-1].numel() * products * passes,
         {"op": op, "layer": layer, "mode": mode, "device": device, "dtype": dtype_name,
          "shape": shape},
+        within_2x=not int8,
     )  # fmt: skip
+
+
+_build_int8 = functools.partial(build, int8=True)
+
+
+def _int8_errors(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Of rounded weights: not the 2x rule, but a hundredth of the output's size."""
+    errors = {}
+    for name, want in truth.items():
+        error = (ours[name].double() - want).abs()
+        errors[name] = {"max": error.max().item(), "rms": error.square().mean().sqrt().item()}
+        if not errors[name]["rms"] <= 0.01 * want.square().mean().sqrt().item():
+            raise AssertionError(f"{name}: int8 error {errors[name]}")
+    return errors
 
 
 def _rows(shape: dict[str, Any]) -> tuple[tuple[int, ...], Tensor | None]:
@@ -126,3 +144,12 @@ def test_cpu_bf16(measured, pytestconfig, provider, op, layer, mode, tiny):
     if pytestconfig.getoption("device") == "cuda":
         pytest.skip("a CPU row")
     measured(build, provider, op, layer, mode, "cpu", "bf16", tiny)
+
+
+@pytest.mark.parametrize(("op", "layer"), INT8)
+def test_cpu_int8(measured, pytestconfig, provider, op, layer, tiny):
+    if pytestconfig.getoption("device") == "cuda":
+        pytest.skip("a CPU row")
+    measured(
+        functools.partial(build, int8=True), provider, op, layer, "inference", "cpu", "fp32", tiny
+    )

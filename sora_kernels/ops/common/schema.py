@@ -25,6 +25,20 @@ _PLAIN = frozenset(
 )
 
 
+def goes_straight(*args: Any) -> bool:
+    """Whether a call with these arguments needs nothing of the dispatcher: no compile, export, tracing, dispatch mode,
+    profiler or tensor subclass.
+    """
+    # Under non-strict export and AOTAutograd a dispatch mode is on: Dynamo alone has to be asked for.
+    return (
+        not is_dynamo_compiling()
+        and not _len_torch_dispatch_stack()
+        and not profiler._is_profiler_enabled
+        and _get_tracing_state() is None
+        and _PLAIN.issuperset(map(type, args))
+    )
+
+
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``sora_kernels::<name>`` and returns the function that calls it.
 
@@ -53,17 +67,10 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
     overload = getattr(torch.ops.sora_kernels, name).default
     kinds = [str(a.type) for a in overload._schema.arguments]
     tensor_list = kinds.index("List[Tensor]") if "List[Tensor]" in kinds else None
-    plain = _PLAIN.issuperset
 
     def call(*args: Any) -> Any:
-        # Under non-strict export and AOTAutograd a dispatch mode is on: Dynamo alone has to be asked for.
-        if (
-            is_dynamo_compiling()
-            or _len_torch_dispatch_stack()
-            or profiler._is_profiler_enabled
-            or _get_tracing_state() is not None
-            or not plain(map(type, args))
-            or (tensor_list is not None and not plain(map(type, args[tensor_list])))
+        if not goes_straight(*args) or (
+            tensor_list is not None and not _PLAIN.issuperset(map(type, args[tensor_list]))
         ):
             return overload(*args)
         return below_autograd(*args) if torch.is_grad_enabled() else impl(*args)

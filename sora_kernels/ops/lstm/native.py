@@ -17,7 +17,7 @@ from . import steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
-from .pointers import CPU_DTYPES, DTYPE_CODES, pointable, pointer
+from .pointers import CPU_DTYPES, DTYPE_CODES, all_pointable, pointable, pointer
 from .reference import Result, state_dtype
 from .rows import Rows
 
@@ -31,14 +31,16 @@ def forward(
 ) -> Result:  # fmt: skip
     """As ``reference.layer``; on the CPU with each direction's w_hh as int8 numbers, if there are any."""
     h0, c0 = pointable(x, h0), pointable(x, c0)
+    if len(weights) == 4 and bias and not (tapes or int8 or x.is_cuda or x.shape[0] <= steps.MOST):
+        if batch_sizes is None and lengths is None and reset is None:
+            return _forward_plain(cell, x, h0, c0, weights)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(x, h0, c0, weights, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
-    weights = [pointable(x, w) for w in weights]
+    weights = all_pointable(x, weights)
     addresses = _addresses(weights, sizes, bias, int8)
-    if not int8 and rows.T == 1 and rows.places is None and reset is None:
-        # h is known: nothing is worth packing for.
+    if not int8 and _one_step(rows, H, reset):  # h is known: nothing is worth packing for
         h_prev = [None if h0 is None else h0[d] for d in range(D)]
         inputs, width = _all_products(cell, rows.packed(x), weights, D, h_prev), cell.tape or G
         addresses = (0, 0, *addresses[2:])
@@ -65,6 +67,25 @@ def forward(
     return Result(y, h_n, c_n, cells, gates)
 
 
+def _forward_plain(
+    cell: Cell, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> Result:
+    """``forward`` of even rows in one direction, without tapes: what is called most often, and where
+    the time between kernels shows.
+    """
+    w_ih, w_hh, b_ih, b_hh = all_pointable(x, weights)
+    (T, B, _), (rows, H) = x.shape, w_hh.shape
+    inputs = torch.mm(x.flatten(0, 1), w_ih.t())
+    y, h_n = x.new_empty(T, B, H), x.new_empty(1, B, H)
+    c_n = x.new_empty(1, B, H) if cell.has_c else None
+    _native.module().lstm_forward_cpu(
+        DTYPE_CODES[x.dtype], (cell.code, T, B, H, 0, 1, 0, 0, 0), inputs.data_ptr(), rows,
+        (w_hh.data_ptr(), 0, b_ih.data_ptr(), 0, b_hh.data_ptr(), 0, 0, 0, 0, 0, 0, 0), pointer(h0),
+        pointer(c0), 0, y.data_ptr(), 0, h_n.data_ptr(), pointer(c_n), _native.num_threads(),
+    )  # fmt: skip
+    return Result(y, h_n, c_n, None, None)
+
+
 def backward(
     cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
@@ -79,7 +100,7 @@ def backward(
         )
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, P), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
-    weights, packed_x, y = [pointable(x, w) for w in weights], rows.packed(x), y.contiguous()
+    weights, packed_x, y = all_pointable(x, weights), rows.packed(x), y.contiguous()
     shape, keep = _shape(cell, rows, sizes, reset)
     per = len(weights) // D
     first = 2 + cell.has_c  # of the weights in needs
@@ -98,7 +119,7 @@ def backward(
     if cells is not None:
         dcells = pointable(cells, dcells)
     addresses = _addresses(weights, sizes, bias)
-    one_step = rows.T == 1 and rows.places is None and reset is None and not P
+    one_step = _one_step(rows, H, reset) and not P
     if one_step:
         addresses = (0, 0, *addresses[2:])
     _native.module().lstm_backward_cpu(
@@ -144,11 +165,18 @@ def _walks_steps(
     """
     if x.is_cuda:
         return True
-    if cell is not LSTM or batch_sizes is not None or lengths is not None or reset is not None:
+    if cell is not LSTM or x.shape[0] > steps.MOST or batch_sizes is not None:
         return False
+    if lengths is not None or reset is not None or len(weights) % 2:  # odd: a projection
+        return False
+    T, B, _ = x.shape
     H, P = weights[1].shape[0] // 4, weights[1].shape[1]
-    T, B = x.shape[:2]
-    return H == P and len(weights) % 2 == 0 and steps.faster(T, B, H)
+    return H == P and steps.faster(T, B, H)
+
+
+def _one_step(rows: Rows, H: int, reset: Tensor | None) -> bool:
+    """Whether W_hh h is better made by GEMM: of one step, unless packing a small w_hh costs less."""
+    return rows.T == 1 and H >= 64 and rows.places is None and reset is None
 
 
 def _shape(

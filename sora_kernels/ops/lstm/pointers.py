@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,14 @@ def pointable(like: Tensor, t: Given) -> Given:
             f"expected every tensor to be {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
         )
     return t if t.is_contiguous() else t.contiguous()  # type: ignore[return-value]
+
+
+def all_pointable(like: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    dtype, device = like.dtype, like.device
+    for t in tensors:
+        if t.dtype != dtype or t.device != device or not t.is_contiguous():
+            return [pointable(like, t) for t in tensors]
+    return tensors
 
 
 def pointer(t: Tensor | None) -> int:

@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
     def packed(self, t: Tensor) -> Tensor:
         """[*shape, I] -> [N, I]."""
-        flat = t.reshape(-1, t.shape[-1]) if len(self.shape) == 2 else t
+        flat = t.flatten(0, 1) if len(self.shape) == 2 else t
         return flat if self.places is None else flat.index_select(0, self.places)
 
     def given(self, t: Tensor) -> Tensor:

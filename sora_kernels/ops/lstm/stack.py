@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.dropout import dropout as drop
 from ..common.gradient import transformed
+from ..common.schema import goes_straight
 from . import stock
 from .arguments import Sizes, States, autocast, validate
 from .backends import OPERATORS, facts_of, runs_int8
@@ -47,6 +48,7 @@ def run(
     found: Any = ()
     recorded = True  # by autograd; also the way under compile and torch.func
     narrow: Sequence[Int8Weights] = ()
+    straight: Any = None  # the implementation to call, past the op and what it is for
     if torch._C._get_tracing_state() is not None:
         recorded = False  # a trace holds the op, under the name that was asked for
     elif not torch.compiler.is_compiling() and not transformed((x, *(hx or ()), *weights)):
@@ -58,7 +60,14 @@ def run(
         if int8 is not None and runs_int8(backend, facts):
             narrow = int8.of(cell, weights[1 :: len(weights) // (num_layers * facts.directions)])
         else:
-            name = layer.operator.select(backend, facts).name
+            chosen = layer.operator.select(backend, facts)
+            name = chosen.name
+            if not facts.grad and not torch.is_grad_enabled() and precision is None:
+                if (
+                    goes_straight(x, *(hx or ()), *weights)
+                    and not torch._C._is_any_autocast_enabled()
+                ):
+                    straight = chosen.impl.forward
         if name == "torch" and not (recompute and facts.grad):  # it has gradients of its own
             if hx is None:
                 sizes = Sizes(facts.directions, facts.hidden_size, proj_size)
@@ -89,6 +98,13 @@ def run(
                 y, own, own_weights, batch_sizes, lengths, reset, bias,
                 narrow[k * directions : (k + 1) * directions],
             )  # fmt: skip
+        elif straight is not None:
+            found = straight(
+                cell, y, own[0], own[1] if cell.has_c else None, own_weights, batch_sizes, lengths,
+                reset, bias, with_cells,
+            )  # fmt: skip
+            if not cell.has_c:
+                found = found[:2]
         elif recorded:
             call = layer.call_with_cells if with_cells else layer.call
             found = call((y, *own, batch_sizes, lengths, reset, *own_weights), flags, backend)
