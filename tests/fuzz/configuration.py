@@ -26,6 +26,8 @@ class Configuration:
         states: of hx: not given, or contiguous, or a view with other strides; learned: it requires grad.
         grad: with every gradient, else under ``no_grad``.
         x_grad: x requires grad as well as the weights.
+        frozen: weights that do not, as indices modulo their number.
+        x_strided: x is a view with other strides.
         used: which outputs the loss sees, as indices modulo their number.
         reset, cells: ask for what torch does not have.
     """
@@ -48,6 +50,8 @@ class Configuration:
     states: str
     grad: bool
     x_grad: bool
+    frozen: tuple[int, ...]
+    x_strided: bool
     used: tuple[int, ...]
     memory: str
     backend: str | None
@@ -102,6 +106,8 @@ def against_torch(number: int) -> Configuration:
         grad=r.random() < 0.75, x_grad=r.random() < 0.8,
         used=tuple(r.sample(range(6), r.randint(1, 6))),
         memory=r.choice(("save", "recompute")), backend=r.choice((None, "native")),
+        frozen=tuple(r.sample(range(1, 16), r.choice((0, 0, 0, 1, 5)))),
+        x_strided=r.random() < 0.25,
     )  # fmt: skip
 
 
@@ -137,6 +143,8 @@ class Inputs:
         self.stock: nn.RNNBase = module(c.I, c.H, **c.shape).to(c.dtype)  # type: ignore[arg-type]
         rows = (c.B, c.T) if c.batch_first else (c.T, c.B)
         self.x = torch.randn(*rows, c.I).to(c.dtype)
+        if c.x_strided:
+            self.x = torch.randn(c.I, *rows, 2).to(c.dtype)[..., 1].movedim(0, -1)
         if c.form == "unbatched":
             self.x = self.x.squeeze(0 if c.batch_first else 1)
         self.reset = torch.rand(rows) < 0.3 if c.reset else None
