@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/sora demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

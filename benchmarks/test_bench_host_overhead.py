@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import sora_kernels as sk
@@ -104,16 +103,20 @@ def lstm_layer(mode: str, device: str, dtype: torch.dtype) -> Pair:
     if device == "cuda":
         pytest.skip("not measured: the loop over steps on a GPU is bound by its launches")
 
+    shape = (0, T, B, size, 0, 1, 0, 0, 0)
+    w_hh, b_ih, b_hh = (w.data_ptr() for w in weights[1:])
+    addresses = (w_hh, 0, b_ih, 0, b_hh, 0, *(0,) * 6)
+
     def forward(tapes: bool) -> tuple[Tensor, ...]:
-        w_ih, w_hh, b_ih, b_hh = weights
-        gates = F.linear(x, w_ih, b_ih + b_hh)
+        gates = torch.mm(x.flatten(0, 1), weights[0].t())
         y, h_n, c_n = x.new_empty(T, B, size), x.new_empty(1, B, size), x.new_empty(1, B, size)
         cells = x.new_empty(T, B, size) if tapes else None
         extension.lstm_forward_cpu(
-            code, T, B, size, 1, gates.data_ptr(), w_hh.data_ptr(), 0, 0, 0, y.data_ptr(),
+            code, shape, gates.data_ptr(), 4 * size, addresses, 0, 0,
+            gates.data_ptr() if tapes else 0, y.data_ptr(),
             0 if cells is None else cells.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), threads,
         )  # fmt: skip
-        return y, cells, gates.view(T * B, 4 * size)
+        return y, cells, gates
 
     if mode == "inference":
         return Pair(_no_grad(op), _no_grad(lambda: forward(False)))
@@ -124,12 +127,11 @@ def lstm_layer(mode: str, device: str, dtype: torch.dtype) -> Pair:
     dy = torch.randn_like(y)
 
     def backward() -> None:
-        w_hh = weights[1]
         dgates = torch.empty_like(gates)
         dh0, dc0 = x.new_empty(1, B, size), x.new_empty(1, B, size)
         extension.lstm_backward_cpu(
-            code, T, B, size, 1, gates.data_ptr(), cells.data_ptr(), w_hh.data_ptr(), 0, 0,
-            dy.data_ptr(), 0, 0, 0, dgates.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), threads,
+            code, shape, gates.data_ptr(), cells.data_ptr(), y.data_ptr(), addresses, 0, 0,
+            dy.data_ptr(), 0, 0, 0, dgates.data_ptr(), 0, dh0.data_ptr(), dc0.data_ptr(), threads,
         )  # fmt: skip
         turned = dgates.t()
         torch.mm(turned, x.view(T * B, size))

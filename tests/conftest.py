@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
+
+_TESTS = Path(__file__).parent
+# Folders that stay in one worker of pytest -n: their tests share costly set-ups, or take the time.
+_TOGETHER = ("audit", "benchmarks", "packaging")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
             _mend_interpreter()
     import torch
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // workers))
 
 
 def _mend_interpreter() -> None:
@@ -84,10 +90,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"sora_kernels parts: {found}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     parts = _parts()
     if config.getoption("markexpr") != "gpu":
         parts["gpu"] = "run with -m gpu"
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(folder))
     required = {p for p in ("gpu", "native") if config.getoption(f"--require-{p}")}
     for item in items:
         for part, why in parts.items():

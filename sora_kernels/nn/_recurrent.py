@@ -251,7 +251,7 @@ class Recurrent(nn.RNNBase):
         if device != first.device:
             raise self._misplaced(x, first)
         for w, shape in zip(weights, self._weight_shapes, strict=True):
-            if w is None or w.shape != shape or w.dtype != dtype or w.device != device:
+            if w is None or w.shape != shape or w.dtype is not dtype or w.device != device:
                 raise self._misfit(x, weights)
 
     def _misfit(self, x: Tensor, weights: list[Tensor]) -> Exception:

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SORA_BACKEND")}
+    foreign = ("TRITON_INTERPRET", "SORA_BACKEND", "PYTEST_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     env |= {"OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)

@@ -160,7 +160,8 @@ def compare(
     sides = (ours, plain, truth)
     try:
         for name in names:
-            if truth[name].numel() >= FEW:
+            # However many results there are, those of few states stand on few roundings.
+            if min(truth[name].numel(), c.T * c.B * c.H) >= FEW:
                 assert_within_2x(*(side[name] for side in sides), name=name, storage=c.dtype)
         units = {
             name: truth[name].abs().max().item() or 1.0 for name in names if truth[name].numel()

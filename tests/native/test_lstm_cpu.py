@@ -223,7 +223,6 @@ def test_empty_batch(cell):
         check(problem(cell, 1, 0, 4, rows=rows))
 
 
-@pytest.mark.xfail(reason="steps.forward reshapes no elements to [0, -1]", raises=RuntimeError)
 def test_empty_batch_step_by_step(monkeypatch):
     monkeypatch.setattr(steps, "faster", lambda T, B, H: True)
     check(problem(LSTM, 3, 0, 4, D=2))

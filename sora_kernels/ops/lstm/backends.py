@@ -112,14 +112,8 @@ def _from(least: int) -> _Span:
     return least, _ANY[1]
 
 
-_ONE = (1, 1)
 # Of a single step GEMM and host work are all there is, and torch's host work is in C++.
-_ONE_STEP = (
-    _Region(batch=(1, 512), hidden_size=(1, 96), steps=_ONE),
-    _Region(batch=(1, 4), hidden_size=(97, 200), steps=_ONE),
-    _Region(batch=(5, 64), hidden_size=(97, 200), steps=_ONE, grad=True),
-    _Region(batch=(1, 32), hidden_size=_from(201), steps=_ONE, grad=True),
-)
+_ONE_STEP = _Region(steps=(1, 1))
 # Where torch is faster on the CPU, as measured (README.md). LSTM: oneDNN's blocked GEMM, with rows
 # enough to fill it; it does not take ragged rows.
 _TORCH_FASTER: dict[str, dict[torch.dtype, tuple[_Region, ...]]] = {
@@ -139,12 +133,14 @@ _TORCH_FASTER: dict[str, dict[torch.dtype, tuple[_Region, ...]]] = {
             _Region(batch=(160, 512), hidden_size=(49, 96), steps=(1, 15), grad=True),
         ),
     },
-    "gru": {torch.float32: _ONE_STEP},
+    "gru": {torch.float32: (_ONE_STEP,), torch.bfloat16: (_ONE_STEP,)},
     "rnn_tanh": {
-        torch.float32: (*_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True))
+        torch.float32: (_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True)),
+        torch.bfloat16: (_ONE_STEP,),
     },
     "rnn_relu": {
-        torch.float32: (*_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True))
+        torch.float32: (_ONE_STEP, _Region(batch=_from(128), hidden_size=_from(200), grad=True)),
+        torch.bfloat16: (_ONE_STEP,),
     },
 }
 if torch.cpu._is_avx512_bf16_supported():  # oneDNN has dot products of bf16 there, we have not

@@ -31,7 +31,7 @@ def forward(
     T, B, _ = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
-    flat, gates = x.reshape(T * B, -1), x.new_empty(D, T, B, 4 * H)
+    flat, gates = x.flatten(0, 1), x.new_empty(D, T, B, 4 * H)
     for d in range(D):
         w_ih, _, *biases = weights[d * per : (d + 1) * per]
         out = gates[d].view(T * B, 4 * H)
@@ -54,14 +54,14 @@ def backward(
     if gates is None:
         _, _, _, cells, gates = forward(x, h0, c0, weights, bias, True)
     assert cells is not None and gates is not None
-    T, B, width = x.shape
+    T, B, _ = x.shape
     per = 4 if bias else 2
     D, H = len(weights) // per, weights[1].shape[1]
     dcells = pointable(cells, dcells)
     dgates = torch.empty_like(gates)
     dh0, dc0 = x.new_empty(D, B, H), x.new_empty(D, B, H)
     _backward_steps(dy, dh_n, dc_n, dcells, c0, weights[1::per], cells, gates, dgates, dh0, dc0)
-    flat = x.reshape(T * B, width)
+    flat = x.flatten(0, 1)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = [None] * len(weights)
     for d in range(D):
@@ -77,7 +77,7 @@ def backward(
         if bias and (wanted[2] or wanted[3]):
             db = own.sum(0)
             dweights[start + 2 : start + 4] = db, db.clone()
-    return None if dx is None else dx.view(T, B, width), dh0, dc0, dweights
+    return None if dx is None else dx.view(x.shape), dh0, dc0, dweights
 
 
 def _previous_states(d: int, y: Tensor, h0: Tensor | None, H: int) -> Tensor:
