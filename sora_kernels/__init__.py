@@ -9,7 +9,7 @@ from . import nn
 from ._dispatch import BackendError, explain
 from ._native import build_info
 from ._version import __version__
-from .ops import conv3d_bn_act, gru, lstm, rnn
+from .ops import conv3d_bn_act, gru, lstm, pyramid_pool3d, rnn
 
 __all__ = [
     "BackendError",
@@ -20,5 +20,6 @@ __all__ = [
     "gru",
     "lstm",
     "nn",
+    "pyramid_pool3d",
     "rnn",
 ]

@@ -2,5 +2,6 @@
 
 from .conv3d_bn_act import conv3d_bn_act
 from .lstm import gru, lstm, rnn
+from .pyramid_pool import pyramid_pool3d
 
-__all__ = ["conv3d_bn_act", "gru", "lstm", "rnn"]
+__all__ = ["conv3d_bn_act", "gru", "lstm", "pyramid_pool3d", "rnn"]

@@ -38,7 +38,8 @@ class Pair(NamedTuple):
         recompute: ``(saved, flags) -> (outputs, inputs)`` for second derivatives: the reference again, from
             what was saved. ``inputs`` are the tensors to differentiate by: the saved ones, or a stand-in for one
             whose value was not kept because no derivative depends on it.
-        num_outputs: how many of forward's results are the caller's; the rest are tapes.
+        num_outputs: how many of forward's results are the caller's; the rest are tapes. Negative: how many are
+            tapes, if the outputs' number differs from call to call.
     """
 
     forward: Callable[[Tensors, tuple, bool, str], Tensors]

@@ -1,0 +1,143 @@
+"""``pyramid_pool3d``: the backends, what each can run, and which comes first."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._dispatch import YES, Backend, Operator, Verdict, no
+from . import definition, gemm, layout, stock
+from .layout import Form
+from .levels import bins
+
+GEMM_BINS = 128  # beyond, the product has more arithmetic than the memory has time for
+
+
+class Facts(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # [B, C, T, H, W]
+    form: Form
+    valid: bool  # valid_size was given
+    grad: bool
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_can_run(facts: Facts) -> Verdict:
+    if not _triton_installed():
+        return no("Triton is not installed")
+    if facts.dtype not in layout.DTYPES:
+        return no(f"x is {facts.dtype}; the kernels take fp16, bf16, fp32 and fp64")
+    if facts.device.type == "cuda":
+        return _capability_verdict(facts.device.index or 0)
+    if facts.device.type == "cpu":
+        from ...testing import interpreting
+
+        return YES if interpreting() else no("x is on the CPU and TRITON_INTERPRET is not set")
+    return no(f"x is on {facts.device}; Triton kernels need a CUDA device")
+
+
+@functools.cache
+def _capability_verdict(device: int) -> Verdict:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return no(f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
+    return YES
+
+
+def _native_can_run(facts: Facts) -> Verdict:
+    if facts.device.type != "cpu":
+        return no(f"x is on {facts.device}; the native kernels run on the CPU")
+    if facts.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return no(f"x is {facts.dtype}; the native kernels take fp32, fp64 and bf16")
+    if facts.form.codes:
+        return no("codes were asked for; the native kernels keep indices")
+    status = _native.status()
+    return YES if status.ok else no(status.why)
+
+
+def _gemm_can_run(facts: Facts) -> Verdict:
+    form = facts.form
+    if form.mode != "avg":
+        return no(f"mode is {form.mode!r}; a matrix product makes means alone")
+    if facts.valid:
+        return no("valid_size was given; the matrix is the same for every sample")
+    count = sum(layout.volume(bins(level, facts.shape[2:])) for level in form.levels)
+    if count > GEMM_BINS:
+        return no(f"there are {count} bins; the matrix product is for up to {GEMM_BINS}")
+    if facts.device.type == "cuda" and facts.dtype == torch.float32:
+        if torch.backends.cuda.matmul.allow_tf32:
+            return no("torch.backends.cuda.matmul.allow_tf32 is True; TF32 would round x")
+    return YES
+
+
+def _torch_can_run(facts: Facts) -> Verdict:
+    if facts.valid:
+        return no("valid_size was given; torch's pools take no regions")
+    return YES
+
+
+def _prefer(facts: Facts) -> tuple[str, ...]:
+    """Fastest first; README.md has the measurements behind it."""
+    if facts.device.type == "cpu":
+        return ("torch", "reference")
+    return ("torch", "reference")
+
+
+def _floor_bytes(facts: Facts) -> int:
+    """Least traffic of the forward pass: x once, every output, an index a maximum."""
+    B, C, *sizes = facts.shape
+    values = B * C * sum(layout.volume(bins(level, sizes)) for level in facts.form.levels)
+    tapes = 4 * values if facts.grad and facts.form.has_max else 0
+    x = torch.Size(facts.shape).numel()
+    return (x + values * facts.form.parts) * facts.dtype.itemsize + tapes
+
+
+class Lazy:
+    """Names of a module that is imported by the first call: Triton takes a tenth of a second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name, __package__), name)
+
+
+def facts_of(
+    x: Tensor, form: Form, valid_size: Tensor | None, grad: bool, shape: Sequence[int]
+) -> Facts:
+    return Facts(x.device, x.dtype, tuple(shape), form, valid_size is not None, grad)
+
+
+OPERATOR = Operator(
+    "pyramid_pool3d",
+    [
+        Backend("triton", _triton_can_run, Lazy(".launches"), floor_bytes=_floor_bytes),
+        Backend("native", _native_can_run, Lazy(".native"), floor_bytes=_floor_bytes),
+        Backend("gemm", _gemm_can_run, gemm, floor_bytes=_floor_bytes),
+        Backend("torch", _torch_can_run, stock, floor_bytes=_floor_bytes),
+        Backend("reference", lambda facts: YES, definition),
+    ],
+    prefer=_prefer,
+    facts=lambda *args, **kwargs: _facts_of_call(*args, **kwargs),
+)
+
+
+def _facts_of_call(*args: Any, **kwargs: Any) -> Facts:
+    """The public function's arguments -> facts, for ``explain``."""
+    from .op import facts_of_call
+
+    return facts_of_call(*args, **kwargs)
