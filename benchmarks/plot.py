@@ -1,7 +1,7 @@
 """``python benchmarks/plot.py RESULTS.json [...] FIGURE.svg``: our speed-up over the baseline, a bar a row.
 
-Everything in the figure comes from the JSON: bars, conditions, machine. Void rows are listed, not drawn;
-grey is equal within the noise that a row may have.
+Inference and training of one layer share a line, training paler. Everything in the figure comes from the JSON: bars,
+conditions, machine. Void rows are listed, not drawn; grey is equal within the noise that a row may have.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ def _color(speedup: float) -> str:
     return EQUAL if abs(speedup - 1) <= NOISE else BETTER if speedup > 1 else WORSE
 
 
+def _lines(drawn: list[tuple[str, float]]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Rows of the same group but for its mode, in order; "/cpu/fp32" goes without saying."""
+    lines: dict[str, list[tuple[str, float]]] = {}
+    for group, value in drawn:
+        parts = group.replace("/cpu/fp32", "").split("/")
+        mode = next((m for m in ("inference", "train") if m in parts), "")
+        lines.setdefault("/".join(p for p in parts if p != mode), []).append((mode, value))
+    return list(lines.items())
+
+
 def draw(runs: list[dict[str, Any]], provider: str, path: Path) -> None:
     import matplotlib
 
@@ -63,15 +73,19 @@ def draw(runs: list[dict[str, Any]], provider: str, path: Path) -> None:
     void = [group for _, part in found for group in part]
     if not drawn:
         raise SystemExit(f"plot: no row of provider {provider!r} with a speed-up")
-    drawn = drawn[::-1]
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.24 * len(drawn)), layout="constrained")
-    values = [value for _, value in drawn]
-    bars = axes.barh(range(len(drawn)), values, color=[_color(v) for v in values], height=0.7)
-    axes.bar_label(bars, [f"{v:.2f}x" for v in values], padding=3, fontsize=7, color=INK)
-    axes.set_yticks(range(len(drawn)), [name for name, _ in drawn], fontsize=7)
+    lines = _lines(drawn)
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.22 * len(lines)), layout="constrained")
+    for y, (_, modes) in enumerate(reversed(lines)):
+        height = 0.84 / len(modes)
+        for k, (mode, value) in enumerate(modes):
+            centre = y + (len(modes) - 1 - 2 * k) * height / 2
+            alpha = 0.6 if mode == "train" else 1.0
+            bar = axes.barh(centre, value, height=height, color=_color(value), alpha=alpha)
+            axes.bar_label(bar, [f"{value:.2f}x"], padding=2, fontsize=5, color=INK)
+    axes.set_yticks(range(len(lines)), [name for name, _ in reversed(lines)], fontsize=7)
     axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set_xlim(0, max(values) * 1.12)
-    axes.set_ylim(-0.7, len(drawn) - 0.3)
+    axes.set_xlim(0, max(value for _, value in drawn) * 1.08)
+    axes.set_ylim(-0.7, len(lines) - 0.3)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("time of stock torch / time of sora_kernels (1 = equal)", fontsize=8)

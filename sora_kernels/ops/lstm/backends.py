@@ -119,7 +119,8 @@ _ONE_STEP = _Region(steps=(1, 1))
 _TORCH_FASTER: dict[str, dict[torch.dtype, tuple[_Region, ...]]] = {
     "lstm": {
         torch.float32: (
-            _Region(batch=_from(10), hidden_size=_from(97), steps=_from(16), grad=False),
+            _Region(batch=_from(8), hidden_size=(97, 199), steps=_from(16), grad=False),
+            _Region(batch=_from(10), hidden_size=_from(200), steps=_from(16), grad=False),
             _Region(batch=_from(20), hidden_size=(49, 96), steps=_from(16), grad=False),
             _Region(batch=_from(48), hidden_size=(25, 48), steps=_from(16), grad=False),
             _Region(batch=_from(200), hidden_size=(1, 24), steps=_from(16), grad=False),

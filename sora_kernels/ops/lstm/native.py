@@ -33,8 +33,10 @@ def forward(
 ) -> Result:  # fmt: skip
     """As ``reference.layer``; on the CPU with each direction's w_hh as int8 numbers, if there are any."""
     h0, c0 = pointable(x, h0), pointable(x, c0)
-    if len(weights) == 4 and bias and not (tapes or int8 or x.is_cuda or x.shape[0] <= steps.MOST):
-        if batch_sizes is None and lengths is None and reset is None:
+    plain = len(weights) == 4 and bias and not (tapes or int8 or x.is_cuda)
+    if plain and batch_sizes is None and lengths is None and reset is None:
+        T, B, _ = x.shape
+        if T > steps.MOST or (T > 1 and not steps.faster(T, B, weights[1].shape[1])):
             return _forward_plain(cell, x, h0, c0, weights)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(x, h0, c0, weights, bias, tapes)

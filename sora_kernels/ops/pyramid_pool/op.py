@@ -30,7 +30,7 @@ _BACKWARD = (
 )
 
 
-def _form(
+def form_of(
     levels: Sequence[int], mode: str, flat: bool, ndhwc: bool, inner: bool, codes: bool
 ) -> Form:
     triples: Any = tuple(tuple(levels[k : k + 3]) for k in range(0, len(levels), 3))
@@ -43,14 +43,14 @@ def _flattened(form: Form) -> tuple[Any, ...]:
     return [o for level in levels for o in level], *others
 
 
-def _channels_first(x: Tensor, form: Form) -> Tensor:
+def channels_first(x: Tensor, form: Form) -> Tensor:
     return x.movedim(-1, 1) if form.ndhwc else x
 
 
 def _forward_impl(keep: bool, x: Tensor, valid_size: Tensor | None, *arguments: Any) -> Any:
     *fields, backend = arguments
-    form = _form(*fields)
-    x = _channels_first(x, form)
+    form = form_of(*fields)
+    x = channels_first(x, form)
     if x.numel() == 0:
         results = _empty_results(x, form)
         indices, codes = layout.empty_tapes(form, x, x.shape[2:])
@@ -66,8 +66,8 @@ def _empty_results(x: Tensor, form: Form) -> list[Tensor]:
 
 
 def _forward_fake(keep: bool, x: Tensor, valid_size: Tensor | None, *arguments: Any) -> Any:
-    form = _form(*arguments[:-1])
-    x = _channels_first(x, form)
+    form = form_of(*arguments[:-1])
+    x = channels_first(x, form)
     results = _empty_results(x, form)
     return (results, *layout.empty_tapes(form, x, x.shape[2:])) if keep else results
 
@@ -77,7 +77,7 @@ def _backward_impl(
     valid_size: Tensor | None, shape: Sequence[int], *arguments: Any,
 ) -> Tensor:  # fmt: skip
     *fields, backend = arguments
-    form = _form(*fields)
+    form = form_of(*fields)
     some = next(g for g in grads if g is not None)
     memory = torch.channels_last_3d if form.inner else torch.contiguous_format
     if 0 in shape:
@@ -92,7 +92,7 @@ def _backward_impl(
 
 
 def _backward_fake(grads, indices, codes_tape, valid_size, shape, *arguments) -> Tensor:
-    form = _form(*arguments[:-1])
+    form = form_of(*arguments[:-1])
     some = next(g for g in grads if g is not None)
     memory = torch.channels_last_3d if form.inner else torch.contiguous_format
     dx = some.new_empty(shape).contiguous(memory_format=memory)
@@ -133,7 +133,7 @@ def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
 def _shape(saved: Tensors, flags: tuple) -> Sequence[int]:
     """x's ``[B, C, T, H, W]``."""
     form, shape, _, _ = flags
-    return _channels_first(saved[0], form).shape if shape is None else shape  # type: ignore[arg-type]
+    return channels_first(saved[0], form).shape if shape is None else shape  # type: ignore[arg-type]
 
 
 def _backward(
@@ -149,7 +149,7 @@ def _definition(tensors: Tensors, flags: tuple) -> Tensors:
     x, valid_size = tensors
     form: Form = flags[0]
     assert x is not None
-    found = reference.maps(_channels_first(x, form), form.levels, form.mode, valid_size)
+    found = reference.maps(channels_first(x, form), form.levels, form.mode, valid_size)
     return assemble(found, form)
 
 
@@ -164,7 +164,7 @@ def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:
     if indices is not None:
         assert codes is not None
         places = tapes.unpack(indices, codes, form, sizes)
-    x = _channels_first(stand_in, form)
+    x = channels_first(stand_in, form)
     found = reference.maps(x, form.levels, form.mode, valid_size, places)
     return assemble(found, form), (stand_in, None)
 
@@ -221,7 +221,7 @@ def pyramid_pool3d(
     """
     backend = OPERATOR.check_name(backend) if backend else ""
     form = _checked(x, levels, mode, output, data_format, valid_size)
-    shape = None if is_dynamo_compiling() else tuple(_channels_first(x, form).shape)
+    shape = None if is_dynamo_compiling() else tuple(channels_first(x, form).shape)
     flags = (form, shape, x.dtype, x.device)
     found = _call((x, valid_size), flags, backend)
     return found[0] if form.flat else list(found)  # type: ignore[return-value,arg-type]
@@ -231,11 +231,7 @@ def _checked(
     x: Tensor, levels: Sequence[Given], mode: str, output: str, data_format: str,
     valid_size: Tensor | None,
 ) -> Form:  # fmt: skip
-    for name, value, known in (
-        ("mode", mode, MODES), ("output", output, OUTPUTS), ("data_format", data_format, DATA_FORMATS)
-    ):  # fmt: skip
-        if value not in known:
-            raise _error(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_names(mode, output, data_format)
     parsed: tuple[Level, ...] = parse(levels, output)
     ndhwc = data_format == "NDHWC"
     if x.dim() != 5:
@@ -262,6 +258,14 @@ def _checked(
     return Form(parsed, mode, output == "flat", ndhwc, inner, x.is_cuda and mode != "avg")
 
 
+def check_names(mode: str, output: str, data_format: str) -> None:
+    for name, value, known in (
+        ("mode", mode, MODES), ("output", output, OUTPUTS), ("data_format", data_format, DATA_FORMATS)
+    ):  # fmt: skip
+        if value not in known:
+            raise _error(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
 def _error(text: str) -> ValueError:
     return ValueError(f"pyramid_pool3d: {text}")
 
@@ -272,5 +276,5 @@ def facts_of_call(
 ) -> Facts:  # fmt: skip
     """The public function's arguments -> facts, for ``explain``."""
     form = _checked(x, levels, mode, output, data_format, valid_size)
-    shape = _channels_first(x, form).shape
+    shape = channels_first(x, form).shape
     return facts_of(x, form, valid_size, x.requires_grad and torch.is_grad_enabled(), shape)
