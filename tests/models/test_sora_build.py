@@ -32,7 +32,9 @@ def pair(tiny, name, config):
 
 def outputs(model, clip):
     out = model(clip)
-    return {"logits": out} if isinstance(out, torch.Tensor) else out._asdict()
+    if isinstance(out, torch.Tensor):
+        return {"logits": out}
+    return out._asdict() if hasattr(out, "_asdict") else dict(enumerate(out))
 
 
 BACKENDS = [
@@ -147,3 +149,37 @@ def test_a_missing_layer_is_named_without_building(monkeypatch):
     monkeypatch.delattr(layers, "LSTM")
     with pytest.raises(NotImplementedError, match="crnn with this config needs LSTM, which"):
         sora_models.build("crnn", "sora")
+
+
+@pytest.mark.parametrize("asked", ["", pytest.param("triton", marks=pytest.mark.triton), "torch"])
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("pyramid_transformer", {"pool_mode": "max"}),
+        ("pyramid_transformer", {"pool_mode": "avg"}),
+        ("vaegan", {}),
+    ],
+)
+def test_pools_of_models_whose_other_layers_are_to_come(tiny, monkeypatch, name, config, asked):
+    """The plain model with its pools alone exchanged: outputs and every gradient."""
+    monkeypatch.setenv("SORA_BACKEND", f"pyramid_pool3d={asked}" if asked else "")
+    plain = tiny(name, "torch", **config).eval()
+    sora = copy.deepcopy(plain)
+    pools = [(p, m) for p, m in sora.named_modules() if type(m) is load("torch").PyramidPool3d]
+    assert pools
+    for path, pool in pools:
+        options = {key: getattr(pool, key) for key in ("mode", "output", "data_format")}
+        sora.set_submodule(path, load("sora").PyramidPool3d(pool.levels, **options))
+    truth = copy.deepcopy(plain).double()
+    data = torch.rand(2, 3, 4, 8, 10)
+    found = []
+    for model in (truth, plain, sora):
+        clip = data.to(next(model.parameters()).dtype).requires_grad_()
+        results = outputs(model.discriminator if name == "vaegan" else model, clip)
+        leaves = [clip, *model.parameters()]
+        loss = sum(value.square().mean() for value in results.values())
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append((*results.values(), *(g for g in gradients if g is not None)))
+    assert len({len(each) for each in found}) == 1
+    for k, (want, other, ours) in enumerate(zip(*found, strict=True)):
+        assert_within_2x(ours, other, want, name=str(k), kink=k >= len(results))

@@ -87,6 +87,8 @@ def _gemm_can_run(facts: Facts) -> Verdict:
 def _torch_can_run(facts: Facts) -> Verdict:
     if facts.valid:
         return no("valid_size was given; torch's pools take no regions")
+    if facts.grad and facts.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return no("deterministic mode is on; torch's pools have no such backward on CUDA")
     return YES
 
 

@@ -27,17 +27,13 @@ def backward(
     grads: Sequence[Tensor | None], indices: Tensor | None, codes: Tensor | None,
     valid_size: Tensor | None, form: Form, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """dx ``[B, C, T, H, W]``: autograd of the definition, in fp32 or wider."""
+    """dx ``[B, C, T, H, W]``, summed in fp32 or wider."""
     some = next(g for g in grads if g is not None)
     wide = torch.promote_types(some.dtype, torch.float32)
     places = None
     if indices is not None:
         assert codes is not None
         places = tapes.unpack(indices, codes, form, shape[2:])
-    given = channels_first(grads, form, shape)
-    x = torch.zeros((), dtype=wide, device=some.device).expand(shape).requires_grad_()
-    with torch.enable_grad():
-        maps = reference.maps(x, form.levels, form.mode, valid_size, places)
-        pairs = [(m, g.to(wide)) for m, g in zip(maps, given, strict=True) if g is not None]
-        (dx,) = torch.autograd.grad([m for m, _ in pairs], x, [g for _, g in pairs])
+    given = [None if g is None else g.to(wide) for g in channels_first(grads, form, shape)]
+    dx = reference.maps_backward(given, places, form.levels, form.mode, valid_size, shape)
     return dx.to(some.dtype)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .levels import Level, bins
 
+_mean_backward = torch.ops.aten._adaptive_avg_pool3d_backward.default
+
 
 def maps(
     x: Tensor, levels: Sequence[Level], mode: str, valid_size: Tensor | None,
@@ -44,6 +46,44 @@ def argmax(x: Tensor, level: Level, valid_size: Tensor | None) -> Tensor:
     return _by_region(_argmax, x.detach(), level, valid_size, -1)
 
 
+def maps_backward(
+    grads: Sequence[Tensor | None], places: Sequence[Tensor] | None, levels: Sequence[Level],
+    mode: str, valid_size: Tensor | None, shape: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """dx ``[B, C, T, H, W]`` from the gradients of :func:`maps`, in their dtype."""
+    some = next(g for g in grads if g is not None)
+    dx = some.new_zeros(tuple(shape))
+    for k, g in enumerate(grads):
+        if g is None:
+            continue
+        first, *_, last = g.chunk(2, 1) if mode == "maxavg" else (g, g)
+        if places is not None:
+            at = places[k].flatten(2)
+            given = first.flatten(2).where(at >= 0, 0)
+            dx.flatten(2).scatter_add_(2, at.clamp(min=0), given)
+        if mode != "max":
+            _add_mean_backward(dx, last, levels[k], valid_size)
+    return dx
+
+
+def _add_mean_backward(dx: Tensor, g: Tensor, level: Level, valid_size: Tensor | None) -> None:
+    if valid_size is None:
+        dx += _mean_backward(g.contiguous(), dx)
+        return
+    for b, (t, h, w) in enumerate(_regions(valid_size, dx.shape[2:])):
+        if t and h and w:
+            region = dx[b : b + 1, :, :t, :h, :w]
+            i, j, k = bins(level, (t, h, w))
+            region += _mean_backward(g[b : b + 1, :, :i, :j, :k].contiguous(), region)
+
+
+def _regions(valid_size: Tensor, sizes: Sequence[int]) -> list[list[int]]:
+    return [
+        [min(max(v, 0), n) for v, n in zip(given, sizes, strict=True)]
+        for given in valid_size.tolist()
+    ]
+
+
 def _by_region(
     pool: Callable[[Tensor, Level, Sequence[int]], Tensor], x: Tensor, level: Level,
     valid_size: Tensor | None, beyond: int,
@@ -55,8 +95,7 @@ def _by_region(
     dtype = torch.int64 if pool is _argmax else x.dtype
     whole = x.new_full((1, x.shape[1], *bins(level, sizes)), beyond, dtype=dtype)
     rows = []
-    for b, given in enumerate(valid_size.tolist()):
-        t, h, w = (min(max(v, 0), n) for v, n in zip(given, sizes, strict=True))
+    for b, (t, h, w) in enumerate(_regions(valid_size, sizes)):
         row = whole
         if t and h and w:
             own = bins(level, (t, h, w))
