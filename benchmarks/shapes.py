@@ -50,7 +50,7 @@ def _tiny(shape: dict[str, Any]) -> dict[str, Any]:
             small["channels"] = small["input"][0] if same else min(shape["channels"], 6)
         if shape.get("groups", 1) > 1:
             small["groups"] = small["input"][0]
-        if "kernel" not in shape:  # a model's clip
+        if not {"kernel", "levels"} & shape.keys():  # a model's clip
             small["input"][0] = channels
     elif "time" in shape:
         small.update(time=min(shape["time"], 5), input=6, hidden=8)
