@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace sora {
 void init_dropout(py::module_& m);
 void init_lstm(py::module_& m);
+void init_pyramid_pool(py::module_& m);
 }
 
 namespace {
@@ -71,4 +72,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   sora::init_dropout(m);
   sora::init_lstm(m);
+  sora::init_pyramid_pool(m);
 }

@@ -104,3 +104,24 @@ def lstm_cell_backward(
     device: int,
     stream: int,
 ) -> None: ...
+def pyramid_pool_cpu_isa() -> str: ...
+def pyramid_pool_forward_cpu(
+    dtype: int,
+    pool: tuple[int, ...],
+    x: int,
+    strides: tuple[int, ...],
+    results: list[int],
+    indices: int,
+    threads: int,
+) -> None:
+    """``pool``: B, C, T, H, W, valid_size, levels, number of levels, columns, inner, as PyramidPool.
+    ``levels`` is the address of PyramidLevel's fifteen of each."""
+
+def pyramid_pool_backward_cpu(
+    dtype: int,
+    pool: tuple[int, ...],
+    results: list[int],
+    indices: int,
+    dx: int,
+    threads: int,
+) -> None: ...
