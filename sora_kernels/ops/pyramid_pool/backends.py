@@ -96,7 +96,7 @@ def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind it."""
     if facts.device.type == "cpu":
         return ("torch", "reference")
-    return ("torch", "reference")
+    return ("triton", "torch", "reference")
 
 
 def _floor_bytes(facts: Facts) -> int:
