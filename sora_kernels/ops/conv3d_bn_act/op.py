@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import register
-from . import arguments, hybrid, reference, stock
+from . import arguments, hybrid, onednn, reference, stock
 from .arguments import DTYPES
 
 # Where torch has a binding of its own, as for torch.convolution, it is several us faster than torch.ops.aten's.
@@ -121,16 +121,32 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _folds(x: Tensor, has_residual: bool, batch_stats: bool, backend: str) -> bool:
+    """Whether a call without gradients is one convolution by oneDNN: backend "torch" in evaluation on the CPU."""
+    if batch_stats or not onednn.takes(x):
+        return False
+    facts = Facts(x.device, x.dtype, tuple(x.shape), has_residual, batch_stats)
+    return OPERATOR.select(backend, facts).name == "torch"
+
+
 def _run_forward(
     tapes, x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
     dilation, groups, activation, negative_slope, batch_stats, momentum, eps, backend,
 ):  # fmt: skip
     """z, y, mean, invstd; the last two only where ``tapes``.
 
-    The passes run in the layout that the convolution chose for y: it is free, and ATen's channels-last statistics on
-    the CPU lose two digits. On a GPU z is laid out as promised last; on the CPU, where ATen's small convolutions
+    Evaluation on the CPU without tapes may be one convolution (onednn.py). Otherwise the passes run in the layout that
+    the convolution chose for y: it is free, and ATen's channels-last statistics on the CPU lose two digits. On a GPU z
+    is laid out as promised last; on the CPU, where ATen's small convolutions
     answer channels-last input contiguously, it stays so, as in the modules that this replaces.
     """
+    folds = not tapes and _folds(x, residual is not None, batch_stats, backend)
+    if folds and x.numel():
+        z = onednn.forward(
+            x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding,
+            dilation, groups, activation, negative_slope, eps, _format(x, weight),
+        )  # fmt: skip
+        return z, z, z, z  # no tapes were asked for
     y = torch.convolution(x, weight, None, stride, padding, dilation, False, _NO_PADDING, groups)
     if batch_stats and reference.count(y) == 1:
         raise ValueError(
@@ -139,7 +155,10 @@ def _run_forward(
         )
     if y.numel() == 0:
         mean = y.new_zeros(y.shape[1], dtype=_statistics_dtype(x))
-        return torch.empty_like(y), y, mean, torch.ones_like(mean)
+        z = torch.empty_like(y)
+        if folds:
+            z = z.contiguous(memory_format=_format(x, weight))
+        return z, y, mean, torch.ones_like(mean)
     if residual is not None:
         residual = residual.contiguous(memory_format=_layout(y))
     facts = Facts(y.device, y.dtype, y.shape, residual is not None, batch_stats)
@@ -171,9 +190,13 @@ def _fake_convolution(x, weight, stride, padding, dilation, groups) -> tuple[Ten
 
 
 def _plain_fake(
-    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, groups, *_
+    x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, groups,
+    activation, negative_slope, batch_stats, momentum, eps, backend,
 ):  # fmt: skip
-    return _fake_convolution(x, weight, stride, padding, dilation, groups)[1]
+    z = _fake_convolution(x, weight, stride, padding, dilation, groups)[1]
+    if _folds(x, residual is not None, batch_stats, backend):
+        z = z.contiguous(memory_format=_format(x, weight))
+    return z
 
 
 def _fwd_fake(
@@ -385,8 +408,9 @@ def conv3d_bn_act(
         backend: "hybrid" (ATen's convolution, fused Triton passes), "torch", "reference"; None takes the fastest.
 
     Returns:
-        ``[N, K, T', H', W']`` in x's dtype; channels_last_3d if x or weight is, else contiguous. On the CPU in
-        the layout that ATen's convolution chooses, which for small channels-last input is contiguous.
+        ``[N, K, T', H', W']`` in x's dtype; channels_last_3d if x or weight is, else contiguous. On the CPU with
+        gradients or batch statistics in the layout that ATen's convolution chooses, which for small channels-last
+        input is contiguous.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is off, or batch statistics of one value a channel.
