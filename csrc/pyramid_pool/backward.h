@@ -105,33 +105,33 @@ class Backward {
   // volume in scratch memory, of vectors or of channels as dx.
   template <bool dense, class Target>
   void lay_shares(Target* target) {
-    const int64_t H = pool_.sizes[1], W = pool_.sizes[2], rows = pool_.sizes[0] * H;
-    const int64_t together = scratch_.slab_positions / W;
+    const int64_t H = pool_.sizes[1], W = pool_.sizes[2], together = scratch_.slab_positions / W;
     V* const total = reinterpret_cast<V*>(scratch_.total);
     V* const slab = reinterpret_cast<V*>(scratch_.slab);
-    int64_t laid = -1;  // the row whose shares are in `total`
-    for (int64_t begin = 0, end; begin < rows; begin = end) {
-      end = begin + together < rows ? begin + together : rows;
-      for (int64_t r = begin; r < end; ++r) {
-        const bool inside = r / H < geometry_.size[0] && r % H < geometry_.size[1];
-        if (inside && (laid < 0 || !same_bins(r, laid))) {
-          total_row(r / H, r % H, total);
-          laid = r;
+    int64_t t = 0, h = 0, laid_t = -1, laid_h = -1;  // `total` is of the row laid last
+    for (int64_t first = 0, rest = pool_.sizes[0] * H, count; rest > 0; rest -= count, first += count * W) {
+      count = rest < together ? rest : together;
+      for (int64_t r = 0; r < count; ++r) {
+        const bool inside = t < geometry_.size[0] && h < geometry_.size[1];
+        if (inside && (laid_t < 0 || !same_bins(t, h, laid_t, laid_h))) {
+          total_row(t, h, total);
+          laid_t = t, laid_h = h;
         }
-        for (int64_t w = 0; w < W; ++w) slab[(r - begin) * W + w] = inside ? total[w] : V{};
+        for (int64_t w = 0; w < W; ++w) slab[r * W + w] = inside ? total[w] : V{};
+        if (++h == H) h = 0, ++t;
       }
-      const int64_t first = begin * W, count = (end - begin) * W;
-      if (pool_.inner) store_bins(slab, count, n_, target + first * (dense ? pool_.C : lanes), 1, dense ? pool_.C : lanes);
-      else store_tiles(slab, count, n_, target + first, positions_);
+      const int64_t step = !pool_.inner ? 1 : dense ? pool_.C : lanes;
+      store_bins(slab, count * W, n_, target + first * step, pool_.inner ? 1 : positions_, step);
     }
   }
 
-  bool same_bins(int64_t r, int64_t s) const {
-    const int64_t H = pool_.sizes[1], t = r / H, h = r % H, u = s / H, i = s % H;
+  bool same_bins(int64_t t, int64_t h, int64_t other_t, int64_t other_h) const {
+    const auto same = [](const PoolAxis& axis, int64_t p, int64_t q) {
+      return axis.first[p] == axis.first[q] && axis.last[p] == axis.last[q];
+    };
     for (int64_t k = 0; k < pool_.level_count; ++k) {
-      const PoolAxis &T = geometry_.levels[k].t, &V_ = geometry_.levels[k].h;
-      if (T.first[t] != T.first[u] || T.last[t] != T.last[u]) return false;
-      if (V_.first[h] != V_.first[i] || V_.last[h] != V_.last[i]) return false;
+      const PoolLevel& bins = geometry_.levels[k];
+      if (!same(bins.t, t, other_t) || !same(bins.h, h, other_h)) return false;
     }
     return true;
   }

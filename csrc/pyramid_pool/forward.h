@@ -26,39 +26,36 @@ class Rows {
         n_(n),
         height_(geometry.size[1]),
         width_(geometry.size[2]),
-        count_(geometry.size[0] * height_),
         slab_(reinterpret_cast<V*>(scratch.slab)),
         in_place_(std::is_same_v<Element, State> && channel_ == 1 && n == lanes),
         together_(width_ ? scratch.slab_positions / width_ : 1) {}
 
-  int64_t count() const { return count_; }
   int64_t together() const { return together_; }  // rows that one load may take
   int64_t step() const { return in_place_ ? w_ : lanes; }
 
-  void load(int64_t begin, int64_t end, NanWatch<V>& watch) {
-    if (in_place_) {
-      for (int64_t r = begin; r < end; ++r) look(at(r), watch);
-    } else if (channel_ == 1) {
-      V* to = slab_;
-      for (int64_t r = begin; r < end; ++r) {
-        const Element* const row = at(r);
-        for (int64_t w = 0; w < width_; ++w) *to++ = load_n(row + w * w_, n_);
-      }
-      for (const V* v = slab_; v < to; ++v) watch.look(*v, *v);
-    } else if (w_ == 1 || width_ == 1) {
-      load_channels(begin, end, watch);
-    } else {
-      for (int64_t r = begin; r < end; ++r) gather(at(r), slab_ + (r - begin) * width_, watch);
+  // `count` rows from (t, h) on.
+  void load(int64_t t, int64_t h, int64_t count, NanWatch<V>& watch) {
+    if (!in_place_ && channel_ != 1 && (w_ == 1 || width_ == 1)) return load_channels(t, h, count, watch);
+    V* to = slab_;
+    for (int64_t k = 0; k < count; ++k, to += width_, next(t, h)) {
+      const Element* const row = at(t, h);
+      if (in_place_) look(row, watch);
+      else if (channel_ == 1) copy(row, to, watch);
+      else gather(row, to, watch);
     }
   }
 
-  // The `index`th of those loaded, number r.
-  const State* row(int64_t r, int64_t index) const {
-    return in_place_ ? reinterpret_cast<const State*>(at(r)) : reinterpret_cast<const State*>(slab_ + index * width_);
+  // Row (t, h), which was the `index`th of those loaded.
+  const State* row(int64_t t, int64_t h, int64_t index) const {
+    return in_place_ ? reinterpret_cast<const State*>(at(t, h)) : reinterpret_cast<const State*>(slab_ + index * width_);
+  }
+
+  void next(int64_t& t, int64_t& h) const {
+    if (++h == height_) h = 0, ++t;
   }
 
  private:
-  const Element* at(int64_t r) const { return x_ + r / height_ * t_ + r % height_ * h_; }
+  const Element* at(int64_t t, int64_t h) const { return x_ + t * t_ + h * h_; }
 
   void look(const Element* row, NanWatch<V>& watch) const {
     int64_t w = 0;
@@ -70,12 +67,21 @@ class Rows {
     }
   }
 
+  void copy(const Element* row, V* to, NanWatch<V>& watch) const {
+    for (int64_t w = 0; w < width_; ++w) {
+      to[w] = load_n(row + w * w_, n_);
+      watch.look(to[w], to[w]);
+    }
+  }
+
   // Rows that lie one behind another are turned over together.
-  void load_channels(int64_t begin, int64_t end, NanWatch<V>& watch) {
-    for (int64_t r = begin, next; r < end; r = next) {
-      const Element* const from = at(r);
-      for (next = r + 1; next < end && at(next) == from + (next - r) * width_;) ++next;
-      load_tiles(from, channel_, n_, (next - r) * width_, slab_ + (r - begin) * width_, watch);
+  void load_channels(int64_t t, int64_t h, int64_t count, NanWatch<V>& watch) {
+    for (int64_t k = 0; k < count;) {
+      const Element* const from = at(t, h);
+      const int64_t first = k;
+      do next(t, h), ++k;
+      while (k < count && at(t, h) == from + (k - first) * width_);
+      load_tiles(from, channel_, n_, (k - first) * width_, slab_ + first * width_, watch);
     }
   }
 
@@ -90,7 +96,7 @@ class Rows {
   }
 
   const Element* x_;
-  int64_t channel_, t_, h_, w_, n_, height_, width_, count_;
+  int64_t channel_, t_, h_, w_, n_, height_, width_;
   V* slab_;
   bool in_place_;
   int64_t together_;
@@ -151,26 +157,25 @@ class Forward {
   // Every level's maxima and sums. False: there is a NaN, which `nan` is for.
   template <bool indexed, bool nan>
   bool reduce() {
-    for (int64_t begin = 0, end; begin < rows_.count(); begin = end) {
-      end = begin + rows_.together() < rows_.count() ? begin + rows_.together() : rows_.count();
+    int64_t t = 0, h = 0;
+    for (int64_t rest = geometry_.size[0] * geometry_.size[1], count; rest > 0; rest -= count) {
+      count = rest < rows_.together() ? rest : rows_.together();
       NanWatch<V> watch;
-      rows_.load(begin, end, watch);
+      rows_.load(t, h, count, watch);
       if (!nan && values_ && watch.any()) return false;
-      for (int64_t r = begin; r < end; ++r) {
-        const State* const row = rows_.row(r, r - begin);
-        const int64_t t = r / geometry_.size[1], h = r % geometry_.size[1];
+      for (int64_t r = 0; r < count; ++r, rows_.next(t, h)) {
+        const State* const row = rows_.row(t, h, r);
         for (int64_t k = 0; k < pool_.level_count; ++k) {
           const PyramidLevel& level = pool_.levels[k];
           const PoolLevel& bins = geometry_.levels[k];
           if (values_ && level.source < 0) join_maxima<indexed, nan>(level, bins, row, t, h);
-          if (sums_ && (level.source < 0 || !bins.sums_follow)) join_sums(level, bins, row, t, h);
+          if (sums_ && !bins.sums_follow) join_sums(level, bins, row, t, h);
         }
       }
     }
     for (int64_t k = 0; k < pool_.level_count; ++k) {
       const PyramidLevel& level = pool_.levels[k];
-      if (level.source < 0) continue;
-      if (values_) follow_maxima<indexed, nan>(level, geometry_.levels[k]);
+      if (values_ && level.source >= 0) follow_maxima<indexed, nan>(level, geometry_.levels[k]);
       if (sums_ && geometry_.levels[k].sums_follow) follow_sums(level, geometry_.levels[k]);
     }
     return true;
@@ -231,17 +236,29 @@ class Forward {
       }
   }
 
+  // Of long rows four sums side by side: an addition waits for the one before.
+  static SORA_INLINE V sum_of(const State* row, int64_t count, int64_t step) {
+    V sum = Simd<State>::load(row);
+    int64_t w = 1;
+    if (count >= 8) {
+      V others[3];
+      for (int k = 0; k < 3; ++k, ++w) others[k] = Simd<State>::load(row + w * step);
+      for (; w + 4 <= count; w += 4) {
+        sum += Simd<State>::load(row + w * step);
+        for (int k = 0; k < 3; ++k) others[k] += Simd<State>::load(row + (w + 1 + k) * step);
+      }
+      sum = (sum + others[0]) + (others[1] + others[2]);
+    }
+    for (; w < count; ++w) sum += Simd<State>::load(row + w * step);
+    return sum;
+  }
+
   SORA_INLINE void join_sums(const PyramidLevel& level, const PoolLevel& bins, const State* row, int64_t t, int64_t h) {
     const PoolAxis &T = bins.t, &H = bins.h, &W = bins.w;
     const int64_t a0 = T.first[t], a1 = T.last[t], b0 = H.first[h], b1 = H.last[h], step = rows_.step();
     const bool alone = a1 - a0 == 1 && b1 - b0 == 1 && T.from[a0] == t && H.from[b0] == h;
     V* const sums = alone ? sums_ + bin_of(level, bins, a0, b0) : row_values_;
-    for (int64_t c = 0; c < W.bins; ++c) {
-      int64_t w = W.from[c];
-      V sum = Simd<State>::load(row + w * step);
-      for (++w; w < W.to[c]; ++w) sum += Simd<State>::load(row + w * step);
-      sums[c] = sum;
-    }
+    for (int64_t c = 0; c < W.bins; ++c) sums[c] = sum_of(row + W.from[c] * step, W.to[c] - W.from[c], step);
     if (alone) return;
     for (int64_t a = a0; a < a1; ++a)
       for (int64_t b = b0; b < b1; ++b) {

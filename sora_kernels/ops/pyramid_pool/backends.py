@@ -95,7 +95,7 @@ def _torch_can_run(facts: Facts) -> Verdict:
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind it."""
     if facts.device.type == "cpu":
-        return ("torch", "reference")
+        return ("native", "torch", "reference")
     return ("triton", "torch", "reference")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ... import _native
 from . import layout
 from .layout import Form, Part, parts, tape
-from .levels import bins, plan
+from .levels import bins
+from .levels import plan as plan_levels
 from .results import Result
 
 # As enum DType in csrc/common/dtype.h.
@@ -53,7 +54,7 @@ def _plan(form: Form, channels: int, sizes: tuple[int, int, int], valid: bool) -
 
     found = {(part.level, part.kind): part for part in parts(form, results, channels, sizes)}
     columns = tape(form, sizes)
-    source, order = plan(form.levels, None if valid else sizes)
+    source, order = plan_levels(form.levels, None if valid else sizes)
     place = {level: n for n, level in enumerate(order)} | {-1: -1}
     levels = array("q")
     for k in order:
@@ -78,26 +79,34 @@ def _check(form: Form, dtype: torch.dtype, *tensors: Tensor | None) -> None:
             raise ValueError(f"pyramid_pool3d: the native kernels run on the CPU, got {t.device}")
 
 
+def _pool(x_shape: Sequence[int], plan: _Plan, regions: Tensor | None, form: Form) -> tuple:
+    """PyramidPool of csrc/pyramid_pool/pyramid_pool.h."""
+    valid = 0 if regions is None else regions.data_ptr()
+    return (*x_shape, valid, plan.address, len(form.levels), plan.columns, form.inner)
+
+
 def _regions(valid_size: Tensor | None) -> Tensor | None:
     return None if valid_size is None else valid_size.to(torch.int64).contiguous()
 
 
 def forward(x: Tensor, valid_size: Tensor | None, form: Form, keep: bool) -> Result:
     _check(form, x.dtype, x, valid_size)
-    B, C, *sizes = x.shape
-    shapes, columns, levels, address = _plan(form, C, tuple(sizes), valid_size is not None)
-    results = [x.new_empty((B, *s)) for s in shapes]
+    B, C, T, H, W = shape = x.shape
+    plan, regions = _plan(form, C, (T, H, W), valid_size is not None), _regions(valid_size)
+    results = [x.new_empty((B, *s)) for s in plan.shapes]
     indices = codes = None
     if keep and form.has_max:
-        indices, codes = layout.empty_tapes(form, x, sizes)
-    regions = _regions(valid_size)
-    pool = (
-        B, C, *sizes, 0 if regions is None else regions.data_ptr(), address, len(form.levels), columns,
-        form.inner,
-    )  # fmt: skip
+        # layout.empty_tapes, without finding out again what the plan knows.
+        columns = plan.columns
+        tape_shape = (B, columns, C) if form.inner else (B, C, columns)
+        indices, codes = (
+            x.new_empty(tape_shape, dtype=torch.int32),
+            x.new_empty((B, 0, C) if form.inner else (B, C, 0), dtype=torch.uint8),
+        )
     _native.module().pyramid_pool_forward_cpu(
-        DTYPE_CODES[x.dtype], pool, x.data_ptr(), x.stride(), [t.data_ptr() for t in results],
-        0 if indices is None else indices.data_ptr(), _native.num_threads(),
+        DTYPE_CODES[x.dtype], _pool(shape, plan, regions, form), x.data_ptr(), x.stride(),
+        [t.data_ptr() for t in results], 0 if indices is None else indices.data_ptr(),
+        _native.num_threads(),
     )  # fmt: skip
     return Result(results, indices, codes)
 
@@ -109,31 +118,30 @@ def backward(
     """dx ``[B, C, T, H, W]``."""
     some = next(g for g in grads if g is not None)
     _check(form, some.dtype, *grads, indices, valid_size)
-    B, C, *sizes = shape
-    shapes, columns, levels, address = _plan(form, C, tuple(sizes), valid_size is not None)
-    given = [None if g is None else g.contiguous() for g in grads]
-    tape_shape = (B, columns, C) if form.inner else (B, C, columns)
-    for g, s in zip(given, shapes, strict=True):
+    B, C, T, H, W = shape
+    plan, regions = _plan(form, C, (T, H, W), valid_size is not None), _regions(valid_size)
+    for g, s in zip(grads, plan.shapes, strict=True):
         if g is not None and (g.shape != (B, *s) or g.dtype != some.dtype):
             raise ValueError(
-                f"pyramid_pool3d: expected a gradient {(B, *s)} {some.dtype}, got {tuple(g.shape)} {g.dtype}"
+                f"pyramid_pool3d: expected a gradient {(B, *s)} {some.dtype}, "
+                f"got {tuple(g.shape)} {g.dtype}"
             )
-    if form.has_max:
-        if indices is None or indices.shape != tape_shape or indices.dtype != torch.int32:
-            got = indices if indices is None else (tuple(indices.shape), indices.dtype)
-            raise ValueError(f"pyramid_pool3d: expected int32 indices {tape_shape}, got {got}")
-        indices = indices.contiguous()
-    else:
-        indices = None
+    given = [None if g is None else g.contiguous() for g in grads]
+    places = _indices(indices, (B, plan.columns, C) if form.inner else (B, C, plan.columns), form)
     memory = torch.channels_last_3d if form.inner else torch.contiguous_format
-    dx = torch.empty(tuple(shape), dtype=some.dtype, memory_format=memory)
-    regions = _regions(valid_size)
-    pool = (
-        B, C, *sizes, 0 if regions is None else regions.data_ptr(), address, len(form.levels), columns,
-        form.inner,
-    )  # fmt: skip
+    dx = torch.empty((B, C, T, H, W), dtype=some.dtype, device=some.device, memory_format=memory)
     _native.module().pyramid_pool_backward_cpu(
-        DTYPE_CODES[some.dtype], pool, [0 if g is None else g.data_ptr() for g in given],
-        0 if indices is None else indices.data_ptr(), dx.data_ptr(), _native.num_threads(),
+        DTYPE_CODES[some.dtype], _pool((B, C, T, H, W), plan, regions, form),
+        [0 if g is None else g.data_ptr() for g in given],
+        0 if places is None else places.data_ptr(), dx.data_ptr(), _native.num_threads(),
     )  # fmt: skip
     return dx
+
+
+def _indices(indices: Tensor | None, shape: tuple[int, ...], form: Form) -> Tensor | None:
+    if not form.has_max:
+        return None
+    if indices is None or indices.shape != shape or indices.dtype != torch.int32:
+        got = indices if indices is None else f"{tuple(indices.shape)} {indices.dtype}"
+        raise ValueError(f"pyramid_pool3d: expected int32 indices {shape}, got {got}")
+    return indices.contiguous()
