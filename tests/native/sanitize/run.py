@@ -1,4 +1,4 @@
-"""Builds csrc/lstm and csrc/dropout with driver.cpp under sanitizers and runs random cases.
+"""Builds csrc/lstm, csrc/dropout and csrc/pyramid_pool with driver.cpp under sanitizers and runs random cases.
 
     python tests/native/sanitize/run.py                  AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/native/sanitize/run.py --kind thread    ThreadSanitizer, OpenMP replaced by gomp_shim.cpp
@@ -41,6 +41,14 @@ KINDS = {
     "quick": ["-fsanitize=address", "-O0"],
 }
 ISAS = ("generic", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("generic",)
+OPERATORS = ("lstm", "dropout", "pyramid_pool")
+STUBS = {
+    "lstm/recurrence": ("lstm/lstm_kernels.h", "const LstmKernels* lstm_kernels_{}(DType, Cell)"),
+    "pyramid_pool/pyramid_pool": (
+        "pyramid_pool/pyramid_pool_kernels.h",
+        "const PoolKernels* pool_kernels_{}(DType)",
+    ),
+}
 SKIP = 77
 
 
@@ -87,19 +95,21 @@ def last_line(text: str) -> str:
 
 
 def sources(kind: str, isas: Sequence[str], folder: Path) -> list[Path]:
-    """What the driver is made of. The recurrence takes nearly all of the time to compile, so
-    instruction sets that will not run have a stub of it.
+    """What the driver is made of. The kernels take nearly all of the time to compile, so those of
+    instruction sets that will not run have a stub.
     """
-    found = [p for op in ("lstm", "dropout") for p in (ROOT / "csrc" / op).glob("*.cpp")]
+    found = [p for op in OPERATORS for p in (ROOT / "csrc" / op).glob("*.cpp")]
     found = sorted(p for p in found if p.name != "bind.cpp")
     for isa in set(ISAS) - set(isas):
-        found.remove(ROOT / "csrc" / "lstm" / f"recurrence_{isa}.cpp")
-        stub = folder / f"no_recurrence_{isa}.cpp"
-        kernels = f"const LstmKernels* lstm_kernels_{isa}(DType, Cell) {{ return nullptr; }}"
-        stub.write_text(f'#include "lstm/lstm_kernels.h"\nnamespace sora {{ {kernels} }}\n')
-        found.append(stub)
+        for name, (header, kernels) in STUBS.items():
+            source = ROOT / "csrc" / f"{name}_{isa}.cpp"
+            found.remove(source)
+            stub = folder / f"no_{source.name}"
+            body = f"namespace sora {{ {kernels.format(isa)} {{ return nullptr; }} }}"
+            stub.write_text(f'#include "{header}"\n{body}\n')
+            found.append(stub)
     shim = [HERE / "gomp_shim.cpp"] if kind == "thread" else []
-    return [*found, HERE / "driver.cpp", *shim]
+    return [*found, HERE / "driver.cpp", HERE / "pyramid_pool.cpp", *shim]
 
 
 def build(cxx: list[str], kind: str, isas: Sequence[str], folder: Path) -> Path:
@@ -107,7 +117,7 @@ def build(cxx: list[str], kind: str, isas: Sequence[str], folder: Path) -> Path:
     flags = [*FLAGS, *KINDS[kind]]
     version = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
     common = hashlib.sha256(repr((cxx, flags, version)).encode())
-    headers = [p for op in ("common", "lstm", "dropout") for p in (ROOT / "csrc" / op).glob("*.h")]
+    headers = [p for op in ("common", *OPERATORS) for p in (ROOT / "csrc" / op).glob("*.h")]
     for header in sorted([*headers, *HERE.glob("*.h")]):
         common.update(header.name.encode() + header.read_bytes())
 
