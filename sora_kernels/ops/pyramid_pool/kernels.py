@@ -10,15 +10,15 @@ sum has a fixed order, and no kernel reads what its own launch wrote.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .levels import WHOLE as _WHOLE
+from . import levels
 from .levels import Level
 
-WHOLE = tl.constexpr(_WHOLE)
+WHOLE = tl.constexpr(levels.WHOLE)
 LAST = tl.constexpr(2**31 - 1)  # a place after every other
 
 
@@ -43,186 +43,150 @@ class Pyramid(NamedTuple):
     inner: bool
 
 
-# Bins and elements ------------------------------------------------------------------------------------------------
+class Sizes(NamedTuple):
+    """A sample's sizes and what follows from them, made by each program.
+
+    Attributes:
+        region: how much of T, H and W counts.
+        bins: of every level.
+        before: bins of the levels before it; of its column in its tape, those of the same tape.
+        total, indices, codes: bins of all levels, of those with indices, of those with codes.
+    """
+
+    C: Any
+    T: Any
+    H: Any
+    W: Any
+    region: tuple
+    bins: tuple
+    before: tuple
+    column: tuple
+    total: Any
+    indices: Any
+    codes: Any
 
 
 @triton.jit
-def _span(i, o, n):
-    """Bin i of o over n elements: from, to (excluded). Of element p: the bins that it is in, ``_span(p, n, o)``."""
-    return i * n // o, ((i + 1) * n + o - 1) // o
+def _sizes(valid_ptr, b, C, T, H, W, P: tl.constexpr):
+    t, h, w = T, H, W
+    if valid_ptr is not None:
+        t = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3), 0), T).to(tl.int32)
+        h = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 1), 0), H).to(tl.int32)
+        w = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 2), 0), W).to(tl.int32)
+    bins, before, column = (), (), ()
+    indices, codes = T * 0, T * 0
+    for k in tl.static_range(len(P.levels)):
+        ot = T if P.levels[k][0] == WHOLE else P.levels[k][0]
+        oh = H if P.levels[k][1] == WHOLE else P.levels[k][1]
+        ow = W if P.levels[k][2] == WHOLE else P.levels[k][2]
+        count = T * 0 + ot * oh * ow
+        bins, before = bins + (count,), before + (indices + codes,)
+        if P.source[k] < 0:
+            column += (indices,)
+            indices += count
+        else:
+            column += (codes,)
+            codes += count
+    return Sizes(C, T, H, W, (t, h, w), bins, before, column, indices + codes, indices, codes)
+
+
+# Bins and elements. Bin i of o over n is [i n // o, ceil((i + 1) n / o)), and element p is in the bins
+# [p o // n, ceil((p + 1) o / n)): the same with o and n changed about. ------------------------------------------------
 
 
 @triton.jit
-def _longest(o, n):
-    """Elements of the longest bin of o over n; bins of the element that is in most, ``_longest(n, o)``."""
-    rest = n % o
-    return n // o + tl.where(rest > 0, 1, 0) + tl.where(o % tl.maximum(rest, 1) > 0, 1, 0)
-
-
-@triton.jit
-def _bin_span(i, O: tl.constexpr, n):
-    """A whole axis has bins beyond its n elements, which are empty."""
+def _elements(i, O: tl.constexpr, n):
+    """Of bin i: from, to (excluded). Those of a whole axis that lie beyond its n elements are empty."""
     if O == WHOLE:
         return i, tl.minimum(i + 1, n)
     else:
-        return _span(i, O, n)
+        return i * n // O, ((i + 1) * n + O - 1) // O
 
 
 @triton.jit
-def _longest_bin(O: tl.constexpr, n):
-    if O == WHOLE:
-        return tl.minimum(n, 1)
-    else:
-        return _longest(O, n)
-
-
-@triton.jit
-def _bins_of(p, O: tl.constexpr, n):
+def _bins_with(p, O: tl.constexpr, n):
     """The bins that element p is in: from, to (excluded)."""
     if O == WHOLE:
         return p, p + 1
     else:
-        return _span(p, tl.maximum(n, 1), O)
+        n = tl.maximum(n, 1)
+        return p * O // n, ((p + 1) * O + n - 1) // n
+
+
+@triton.jit
+def _most_elements(O: tl.constexpr, n):
+    """Of a bin."""
+    if O == WHOLE:
+        return tl.minimum(n, 1)
+    else:
+        rest = n % O
+        return n // O + tl.where(rest > 0, 1, 0) + tl.where(O % tl.maximum(rest, 1) > 0, 1, 0)
 
 
 @triton.jit
 def _most_bins(O: tl.constexpr, n):
-    """How many bins an element is in at most."""
+    """That an element is in."""
     if O == WHOLE:
         return tl.minimum(n, 1)
     else:
-        return _longest(tl.maximum(n, 1), O)
+        n = tl.maximum(n, 1)
+        rest = O % n
+        return O // n + tl.where(rest > 0, 1, 0) + tl.where(n % tl.maximum(rest, 1) > 0, 1, 0)
 
 
 @triton.jit
-def _region(valid_ptr, b, T, H, W):
-    """How much of sample b's T, H and W counts."""
-    if valid_ptr is None:
-        return T, H, W
-    else:
-        t = tl.load(valid_ptr + b * 3)
-        h = tl.load(valid_ptr + b * 3 + 1)
-        w = tl.load(valid_ptr + b * 3 + 2)
-        return (
-            tl.minimum(tl.maximum(t, 0), T).to(tl.int32),
-            tl.minimum(tl.maximum(h, 0), H).to(tl.int32),
-            tl.minimum(tl.maximum(w, 0), W).to(tl.int32),
-        )
-
-
-@triton.jit
-def _bins(O: tl.constexpr, n):
-    if O == WHOLE:
-        return n
-    else:
-        return n * 0 + O
-
-
-@triton.jit
-def _count(k: tl.constexpr, T, H, W, P: tl.constexpr):
-    """Bins of level k."""
-    ot, oh, ow = _bins(P.levels[k][0], T), _bins(P.levels[k][1], H), _bins(P.levels[k][2], W)
-    return ot * oh * ow
-
-
-@triton.jit
-def _count_before(k: tl.constexpr, CODED: tl.constexpr, T, H, W, P: tl.constexpr):
-    """Columns of the tape of codes, or of indices, that belong to levels before k."""
-    count = T * 0
-    for j in tl.static_range(k):
-        if (P.source[j] >= 0) == CODED:
-            count += _count(j, T, H, W, P)
-    return count
-
-
-# Where numbers lie (layout.py): each gives a tensor's offset of sample b and the offsets within the sample ---------
-
-
-@triton.jit
-def _result_at(b, bins, channels, PART: tl.constexpr, k: tl.constexpr, C, T, H, W,
-               P: tl.constexpr):  # fmt: skip
-    """Of level k's maxima, or means where PART is 1, or of their gradients."""
-    PARTS: tl.constexpr = P.maxima + P.means
-    count = _count(k, T, H, W, P)
-    if P.flat:
-        before, total = T * 0, T * 0
-        for j in tl.static_range(len(P.levels)):
-            if j < k:
-                before += _count(j, T, H, W, P)
-            total += _count(j, T, H, W, P)
-        return (b * total + before) * PARTS * C, (PART * C + channels) * count + bins
-    elif P.ndhwc:
-        return b * count * PARTS * C, (bins * PARTS + PART) * C + channels
-    else:
-        return b * count * PARTS * C, (PART * C + channels) * count + bins
-
-
-@triton.jit
-def _tape_at(b, bins, channels, CODED: tl.constexpr, k: tl.constexpr, C, T, H, W,
-             P: tl.constexpr):  # fmt: skip
-    """Of level k's codes or indices."""
-    before = _count_before(k, CODED, T, H, W, P)
-    total = _count_before(len(P.levels), CODED, T, H, W, P)
-    if P.inner:
-        return b * total * C, (before + bins) * C + channels
-    else:
-        return b * total * C, channels * total + before + bins
-
-
-@triton.jit
-def _child(place, parent, O: tl.constexpr, F: tl.constexpr, n):
-    """Which child of bin ``parent`` of O, on one axis, holds an element: the first of those of F bins that do.
-
-    A bin's winner wins in every part of the bin that it is in, so this is the child whose winner it is.
-    """
-    if O == F:
-        return place * 0
-    else:
-        first = parent * (F // O)
-        return tl.maximum(place * F // tl.maximum(n, 1), first) - first
-
-
-@triton.jit
-def _store_winners(
-    value, place, b, bins, channels, mask, k: tl.constexpr, result_ptr, indices_ptr, codes_ptr,
-    C, T, H, W, size_t, size_h, size_w, P: tl.constexpr, TRACK: tl.constexpr,
-):  # fmt: skip
-    """Level k's maxima and where they are: an index, or the number of the source's child that has it."""
-    base, offs = _result_at(b, bins, channels, 0, k, C, T, H, W, P)
-    tl.store(result_ptr + base + offs, value, mask=mask)
-    if TRACK:
-        if P.source[k] < 0:
-            base, offs = _tape_at(b, bins, channels, False, k, C, T, H, W, P)
-            tl.store(indices_ptr + base + offs, place, mask=mask)
-        else:
-            OWN: tl.constexpr = P.levels[k]
-            SOURCE: tl.constexpr = P.levels[P.source[k]]
-            jt, jh, jw = _coordinates(bins, OWN, H, W)
-            row = place // W
-            t = _child(row // H, jt, OWN[0], SOURCE[0], size_t)
-            h = _child(row % H, jh, OWN[1], SOURCE[1], size_h)
-            w = _child(place % W, jw, OWN[2], SOURCE[2], size_w)
-            KH: tl.constexpr = 1 if OWN[1] == WHOLE else SOURCE[1] // OWN[1]
-            KW: tl.constexpr = 1 if OWN[2] == WHOLE else SOURCE[2] // OWN[2]
-            code = tl.where(place < 0, 0, (t * KH + h) * KW + w)
-            base, offs = _tape_at(b, bins, channels, True, k, C, T, H, W, P)
-            tl.store(codes_ptr + base + offs, code.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _coordinates(bins, LEVEL: tl.constexpr, H, W):
+def _coordinates(bins, k: tl.constexpr, s, P: tl.constexpr):
     """t, h and w of bins numbered in this order."""
-    if LEVEL[2] == WHOLE:
-        rows, w = bins // W, bins % W
-    else:
-        rows, w = bins // LEVEL[2], bins % LEVEL[2]
-    if LEVEL[1] == WHOLE:
-        return rows // H, rows % H, w
-    else:
-        return rows // LEVEL[1], rows % LEVEL[1], w
+    oh = s.H if P.levels[k][1] == WHOLE else P.levels[k][1]
+    ow = s.W if P.levels[k][2] == WHOLE else P.levels[k][2]
+    return bins // ow // oh, bins // ow % oh, bins % ow
 
 
-# Forward ----------------------------------------------------------------------------------------------------------
+@triton.jit
+def _number(t, h, w, k: tl.constexpr, s, P: tl.constexpr):
+    """Of the bin at t, h and w."""
+    oh = s.H if P.levels[k][1] == WHOLE else P.levels[k][1]
+    ow = s.W if P.levels[k][2] == WHOLE else P.levels[k][2]
+    return (t * oh + h) * ow + w
+
+
+# Where numbers lie (layout.py): of sample b's first, and within the sample --------------------------------------------
+
+
+@triton.jit
+def _result_at(b, bins, channels, PART: tl.constexpr, k: tl.constexpr, s, P: tl.constexpr):
+    """Of level k's maxima, or means where PART is the second of two; and of their gradients."""
+    PARTS: tl.constexpr = P.maxima + P.means
+    if P.flat:
+        first = (b * s.total + s.before[k]) * PARTS * s.C
+    else:
+        first = b * s.bins[k] * PARTS * s.C
+    if P.ndhwc and not P.flat:
+        return first, (bins * PARTS + PART) * s.C + channels
+    else:
+        return first, (PART * s.C + channels) * s.bins[k] + bins
+
+
+@triton.jit
+def _tape_at(b, bins, channels, k: tl.constexpr, s, P: tl.constexpr):
+    """Of level k's codes, or of its indices where it has none."""
+    total = s.indices if P.source[k] < 0 else s.codes
+    if P.inner:
+        return b * total * s.C, (s.column[k] + bins) * s.C + channels
+    else:
+        return b * total * s.C, channels * total + s.column[k] + bins
+
+
+@triton.jit
+def _share(programs, C, BLOCK_C: tl.constexpr):
+    """Which this program is of those that share some channels of a sample, the first of these, and the sample."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    pid_c = pid // programs
+    return pid % programs, pid_c % blocks * BLOCK_C, (pid_c // blocks).to(tl.int64)
+
+
+# Forward --------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -240,88 +204,130 @@ def _larger(value, v):
 
 
 @triton.jit
-def _tile(BINS: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr, INNER: tl.constexpr):
-    """Numbers of a tile's channels, bins and lanes, each along its axis."""
-    c, bins, lanes = tl.arange(0, BLOCK_C), tl.arange(0, BINS), tl.arange(0, LANES)
-    if INNER:
-        return c[None, None, :], bins[:, None, None], lanes[None, :, None]
+def _join_lanes(value, place, AXIS: tl.constexpr, TRACK: tl.constexpr):
+    """The winners of all lanes, as :func:`_winner` or :func:`_larger` would find them."""
+    nan = value != value
+    top = tl.max(tl.where(nan, float("-inf"), value), AXIS, keep_dims=True)
+    last_nan = tl.max(tl.where(nan, place, -1), AXIS, keep_dims=True)
+    if TRACK:
+        place = tl.min(tl.where(value == top, place, LAST), AXIS, keep_dims=True)
+        place = tl.where(last_nan < 0, place, last_nan)
+    return tl.where(last_nan < 0, top, float("nan")), place
+
+
+@triton.jit
+def _tile(
+    first_channel, first_bin, BLOCK_C: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
+    P: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A tile's channels, bins and lanes, each along its axis."""
+    channels = first_channel + tl.arange(0, BLOCK_C).to(INDEX)
+    bins = first_bin + tl.arange(0, BINS).to(INDEX)
+    lanes = tl.arange(0, LANES)
+    if P.inner:
+        return channels[None, None, :], bins[:, None, None], lanes[None, :, None]
     else:
-        return c[:, None, None], bins[None, :, None], lanes[None, None, :]
+        return channels[:, None, None], bins[None, :, None], lanes[None, None, :]
+
+
+@triton.jit
+def _child(place, parent, O: tl.constexpr, F: tl.constexpr, n):
+    """Which child of bin ``parent`` of O, on one axis, holds an element: the first of those of F bins that do.
+
+    A bin's winner wins in every part of the bin that it is in, so this is the child whose winner it is.
+    """
+    if O == F:
+        return place * 0
+    else:
+        first = parent * (F // O)
+        return tl.maximum(place * F // tl.maximum(n, 1), first) - first
+
+
+@triton.jit
+def _store_winners(
+    value, place, b, bins, channels, mask, result_ptr, indices_ptr, codes_ptr,
+    k: tl.constexpr, s, P: tl.constexpr, TRACK: tl.constexpr,
+):  # fmt: skip
+    """Level k's maxima and where they are: an index, or the number of the source's child that has it."""
+    base, offs = _result_at(b, bins, channels, 0, k, s, P)
+    tl.store(result_ptr + base + offs, value, mask=mask)
+    if TRACK:
+        base, offs = _tape_at(b, bins, channels, k, s, P)
+        if P.source[k] < 0:
+            tl.store(indices_ptr + base + offs, place, mask=mask)
+        else:
+            OWN: tl.constexpr = P.levels[k]
+            FINER: tl.constexpr = P.levels[P.source[k]]
+            KH: tl.constexpr = 1 if OWN[1] == WHOLE else FINER[1] // OWN[1]
+            KW: tl.constexpr = 1 if OWN[2] == WHOLE else FINER[2] // OWN[2]
+            jt, jh, jw = _coordinates(bins, k, s, P)
+            t = _child(place // s.W // s.H, jt, OWN[0], FINER[0], s.region[0])
+            h = _child(place // s.W % s.H, jh, OWN[1], FINER[1], s.region[1])
+            w = _child(place % s.W, jw, OWN[2], FINER[2], s.region[2])
+            code = tl.where(place < 0, 0, (t * KH + h) * KW + w)
+            tl.store(codes_ptr + base + offs, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _pool_tile(
     x_ptr, result_ptr, indices_ptr, codes_ptr, b, first_channel, first_bin,
-    C, T, H, W, stride_c, stride_t, stride_h, stride_w, size_t, size_h, size_w,
-    k: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
+    stride_c, stride_t, stride_h, stride_w,
+    k: tl.constexpr, s, P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
     TRACK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Some bins of level k, from x: their maxima, means or both."""
     LEVEL: tl.constexpr = P.levels[k]
-    BINS: tl.constexpr = TILES[k][0]
     LANES_H: tl.constexpr = TILES[k][1]
     LANES_W: tl.constexpr = TILES[k][2]
-    LANES: tl.constexpr = LANES_H * LANES_W
     AXIS: tl.constexpr = 1 if P.inner else 2  # of the lanes
-    offs_c, offs_bin, lane = _tile(BINS, LANES, BLOCK_C, P.inner)
-    channels, bins = (first_channel + offs_c).to(INDEX), (first_bin + offs_bin).to(INDEX)
-    mask_c, mask_bin = channels < C, bins < _count(k, T, H, W, P)
-    jt, jh, jw = _coordinates(bins, LEVEL, H, W)
-    start_t, end_t = _bin_span(jt, LEVEL[0], size_t)
-    start_h, end_h = _bin_span(jh, LEVEL[1], size_h)
-    start_w, end_w = _bin_span(jw, LEVEL[2], size_w)
+    channels, bins, lane = _tile(
+        first_channel, first_bin, BLOCK_C, TILES[k][0], LANES_H * LANES_W, P, INDEX
+    )
+    mask_c, mask_bin = channels < s.C, bins < s.bins[k]
+    jt, jh, jw = _coordinates(bins, k, s, P)
+    start_t, end_t = _elements(jt, LEVEL[0], s.region[0])
+    start_h, end_h = _elements(jh, LEVEL[1], s.region[1])
+    start_w, end_w = _elements(jw, LEVEL[2], s.region[2])
     end_t = tl.where(mask_bin, end_t, 0)
     empty = (end_t <= start_t) | (end_h <= start_h) | (end_w <= start_w)
+    most_h, most_w = _most_elements(LEVEL[1], s.region[1]), _most_elements(LEVEL[2], s.region[2])
 
-    zero = tl.zeros((1, 1, 1), ACC) + channels.to(ACC) * 0 + (bins + lane).to(ACC) * 0
+    zero = (channels + bins + lane).to(ACC) * 0
     best, total = zero + float("-inf"), zero
     # All lanes begin at the bin's first element: it is the winner where every element is -inf.
-    place = ((start_t * H + start_h) * W + start_w).to(tl.int32) + zero.to(tl.int32)
-    for step_t in range(0, _longest_bin(LEVEL[0], size_t)):
+    place = ((start_t * s.H + start_h) * s.W + start_w + zero.to(INDEX)).to(tl.int32)
+    for step_t in range(0, _most_elements(LEVEL[0], s.region[0])):
         t = start_t + step_t
-        for step_h in range(0, _longest_bin(LEVEL[1], size_h), LANES_H):
+        for step_h in range(0, most_h, LANES_H):
             h = start_h + step_h + lane // LANES_W
-            inside_row = (t < end_t) & (h < end_h)
-            row = t * stride_t + h * stride_h
-            for step_w in range(0, _longest_bin(LEVEL[2], size_w), LANES_W):
+            mask_row = (t < end_t) & (h < end_h) & mask_c
+            row = t * stride_t + h * stride_h + channels * stride_c
+            first = (t * s.H + h) * s.W
+            for step_w in range(0, most_w, LANES_W):
                 w = start_w + step_w + lane % LANES_W
-                mask = inside_row & (w < end_w) & mask_c
-                at = x_ptr + (row + w * stride_w) + channels * stride_c
-                v = tl.load(at, mask=mask, other=float("-inf")).to(ACC)
+                mask = mask_row & (w < end_w)
+                v = tl.load(x_ptr + row + w * stride_w, mask=mask, other=float("-inf")).to(ACC)
                 if P.means:
                     total += tl.where(mask, v, 0.0)
                 if P.maxima and TRACK:
                     take = (v > best) | (v != v)  # a lane meets its elements in order
                     best = tl.where(take, v, best)
-                    place = tl.where(take, ((t * H + h) * W + w).to(tl.int32), place)
+                    place = tl.where(take, (first + w).to(tl.int32), place)
                 elif P.maxima:
                     best = _larger(best, v)
 
     mask = mask_c & mask_bin
     if P.maxima:
-        if TRACK:
-            best, place = tl.reduce((best, place), AXIS, _winner, keep_dims=True)
-        else:
-            best = tl.reduce(best, AXIS, _larger, keep_dims=True)
+        best, place = _join_lanes(best, place, AXIS, TRACK)
         _store_winners(
-            tl.where(empty, 0.0, best), tl.where(empty, -1, place), b, bins, channels, mask, k,
-            result_ptr, indices_ptr, codes_ptr, C, T, H, W, size_t, size_h, size_w, P, TRACK,
+            tl.where(empty, 0.0, best), tl.where(empty, -1, place), b, bins, channels, mask,
+            result_ptr, indices_ptr, codes_ptr, k, s, P, TRACK,
         )  # fmt: skip
     if P.means:
         count = (end_t - start_t) * (end_h - start_h) * (end_w - start_w)
-        count = tl.where(empty, 1, count).to(ACC)
-        base, offs = _result_at(b, bins, channels, P.maxima + 0, k, C, T, H, W, P)
-        total = tl.sum(total, AXIS, keep_dims=True)
-        tl.store(result_ptr + base + offs, total / count, mask=mask)
-
-
-@triton.jit
-def _share(programs, C, BLOCK_C: tl.constexpr):
-    """Of this program: which one it is of those that share a block of channels, its channels, its sample (int64)."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    pid_c = pid // programs
-    return pid % programs, pid_c % blocks * BLOCK_C, (pid_c // blocks).to(tl.int64)
+        base, offs = _result_at(b, bins, channels, P.maxima + 0, k, s, P)
+        mean = tl.sum(total, AXIS, keep_dims=True) / tl.where(empty, 1, count).to(ACC)
+        tl.store(result_ptr + base + offs, mean, mask=mask)
 
 
 @triton.jit(
@@ -334,72 +340,66 @@ def _pyramid_pool_fwd_kernel(
     result_ptrs,  # a tuple: [B, F], or the levels' maps
     indices_ptr, codes_ptr,  # [B, C, columns], or [B, columns, C] where channels are inner; or None
     programs, C, T, H, W, stride_b, stride_c, stride_t, stride_h, stride_w,
-    P: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
-    UNIT: tl.constexpr, TRACK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+    TRACK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The WALKED levels, from x. The strides of outer axes count in UNITs."""
+    """The levels that are their own root, from x. Where channels are inner, the other strides count in UNITs."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    size_t, size_h, size_w = _region(valid_ptr, b, T, H, W)
-    x_ptr += b * stride_b * UNIT
+    s = _sizes(valid_ptr, b, C, T, H, W, P)
     if P.inner:
         stride_t, stride_h, stride_w = stride_t * UNIT, stride_h * UNIT, stride_w * UNIT
+    x_ptr += b * stride_b * UNIT
     for k in tl.static_range(len(P.levels)):
-        if WALKED[k]:
-            tiles = tl.cdiv(_count(k, T, H, W, P), TILES[k][0])
+        if P.root[k] == k:
+            tiles = tl.cdiv(s.bins[k], TILES[k][0])
             for tile in range(turn, tiles, programs):
                 _pool_tile(
                     x_ptr, result_ptrs[0 if P.flat else k], indices_ptr, codes_ptr, b, first_channel,
-                    tile * TILES[k][0], C, T, H, W, stride_c, stride_t, stride_h, stride_w,
-                    size_t, size_h, size_w, k, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
+                    tile * TILES[k][0], stride_c, stride_t, stride_h, stride_w,
+                    k, s, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
                 )  # fmt: skip
-            turn = (turn + programs - tiles % programs) % programs
+            turn = (
+                turn + programs - tiles % programs
+            ) % programs  # the next level's first tile is the next one's
 
 
 @triton.jit
 def _nested_tile(
     result_ptr, root_ptr, indices_ptr, codes_ptr, b, first_channel, first_bin,
-    C, T, H, W, size_t, size_h, size_w,
-    k: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
+    k: tl.constexpr, s, P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
     TRACK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The maxima of some bins of level k, from those of its root's bins that make them up."""
-    LEVEL: tl.constexpr = P.levels[k]
+    OWN: tl.constexpr = P.levels[k]
     ROOT: tl.constexpr = P.levels[P.root[k]]
-    BINS: tl.constexpr = TILES[k][0]
+    KT: tl.constexpr = 1 if OWN[0] == WHOLE else ROOT[0] // OWN[0]
+    KH: tl.constexpr = 1 if OWN[1] == WHOLE else ROOT[1] // OWN[1]
+    KW: tl.constexpr = 1 if OWN[2] == WHOLE else ROOT[2] // OWN[2]
     LANES: tl.constexpr = TILES[k][1] * TILES[k][2]
-    KT: tl.constexpr = 1 if LEVEL[0] == WHOLE else ROOT[0] // LEVEL[0]
-    KH: tl.constexpr = 1 if LEVEL[1] == WHOLE else ROOT[1] // LEVEL[1]
-    KW: tl.constexpr = 1 if LEVEL[2] == WHOLE else ROOT[2] // LEVEL[2]
     AXIS: tl.constexpr = 1 if P.inner else 2  # of the lanes
-    offs_c, offs_bin, lane = _tile(BINS, LANES, BLOCK_C, P.inner)
-    channels, bins = (first_channel + offs_c).to(INDEX), (first_bin + offs_bin).to(INDEX)
-    mask = (channels < C) & (bins < _count(k, T, H, W, P))
-    jt, jh, jw = _coordinates(bins, LEVEL, H, W)
+    channels, bins, lane = _tile(first_channel, first_bin, BLOCK_C, TILES[k][0], LANES, P, INDEX)
+    mask = (channels < s.C) & (bins < s.bins[k])
+    jt, jh, jw = _coordinates(bins, k, s, P)
 
-    zero = tl.zeros((1, 1, 1), ACC) + channels.to(ACC) * 0 + (bins + lane).to(ACC) * 0
+    zero = (channels + bins + lane).to(ACC) * 0
     best, place = zero + float("-inf"), zero.to(tl.int32) + LAST
     for first in range(0, KT * KH * KW, LANES):
         child = first + lane
-        it, ih, iw = child // (KH * KW), child // KW % KH, child % KW
-        row = (jt * KT + it) * _bins(ROOT[1], H) + jh * KH + ih
-        fine = row * _bins(ROOT[2], W) + jw * KW + iw
-        mask_fine = mask & (child < KT * KH * KW)
-        base, offs = _result_at(b, fine, channels, 0, P.root[k], C, T, H, W, P)
-        v = tl.load(root_ptr + base + offs, mask=mask_fine, other=float("-inf")).to(ACC)
+        t, h, w = child // (KH * KW), child // KW % KH, child % KW
+        finer = _number(jt * KT + t, jh * KH + h, jw * KW + w, P.root[k], s, P)
+        mask_finer = mask & (child < KT * KH * KW)
+        base, offs = _result_at(b, finer, channels, 0, P.root[k], s, P)
+        v = tl.load(root_ptr + base + offs, mask=mask_finer, other=float("-inf")).to(ACC)
         if TRACK:
-            base, offs = _tape_at(b, fine, channels, False, P.root[k], C, T, H, W, P)
-            p = tl.load(indices_ptr + base + offs, mask=mask_fine, other=LAST)
+            base, offs = _tape_at(b, finer, channels, P.root[k], s, P)
+            p = tl.load(indices_ptr + base + offs, mask=mask_finer, other=LAST)
             best, place = _winner(best, place, v, p)
         else:
             best = _larger(best, v)
-    if TRACK:
-        best, place = tl.reduce((best, place), AXIS, _winner, keep_dims=True)
-    else:
-        best = tl.reduce(best, AXIS, _larger, keep_dims=True)
+    best, place = _join_lanes(best, place, AXIS, TRACK)
     _store_winners(
-        best, place, b, bins, channels, mask, k, result_ptr, indices_ptr, codes_ptr,
-        C, T, H, W, size_t, size_h, size_w, P, TRACK,
-    )  # fmt: skip
+        best, place, b, bins, channels, mask, result_ptr, indices_ptr, codes_ptr, k, s, P, TRACK
+    )
 
 
 @triton.jit(do_not_specialize=["programs", "T", "H", "W"])
@@ -411,58 +411,71 @@ def _pyramid_pool_nested_kernel(
     P: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr,
     TRACK: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The second launch: the levels that are not their own root."""
+    """The other levels' maxima, from what an earlier launch made of their roots."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    size_t, size_h, size_w = _region(valid_ptr, b, T, H, W)
+    s = _sizes(valid_ptr, b, C, T, H, W, P)
     for k in tl.static_range(len(P.levels)):
         if P.root[k] != k:
-            tiles = tl.cdiv(_count(k, T, H, W, P), TILES[k][0])
+            tiles = tl.cdiv(s.bins[k], TILES[k][0])
             for tile in range(turn, tiles, programs):
                 _nested_tile(
                     result_ptrs[0 if P.flat else k], result_ptrs[0 if P.flat else P.root[k]],
                     indices_ptr, codes_ptr, b, first_channel, tile * TILES[k][0],
-                    C, T, H, W, size_t, size_h, size_w,
-                    k, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
+                    k, s, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
                 )  # fmt: skip
             turn = (turn + programs - tiles % programs) % programs
 
 
-# Backward ---------------------------------------------------------------------------------------------------------
+# Backward -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_grad(grad_ptrs, b, bins, channels, mask, PART: tl.constexpr, k: tl.constexpr,
-               C, T, H, W, P: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    base, offs = _result_at(b, bins, channels, PART, k, C, T, H, W, P)
+def _load_grad(
+    grad_ptrs, b, bins, channels, mask, PART: tl.constexpr, k: tl.constexpr, s, P: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    base, offs = _result_at(b, bins, channels, PART, k, s, P)
     at = grad_ptrs[0 if P.flat else k] + base + offs
     return tl.load(at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def _grad_of_winner(
-    grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, C, T, H, W,
-    k: tl.constexpr, P: tl.constexpr, GIVEN: tl.constexpr, WANTED: tl.constexpr, ACC: tl.constexpr,
+    grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, k: tl.constexpr, s, P: tl.constexpr,
+    GIVEN: tl.constexpr, WANTED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What reaches the winner of bin (jt, jh, jw) of level k: the bin's own gradient, and that of the coarser bins
     whose codes point to this one.
     """
-    grad = tl.zeros((1, 1), ACC)
+    grad = (jt + channels).to(ACC) * 0
     if GIVEN[k]:
-        bins = (jt * _bins(P.levels[k][1], H) + jh) * _bins(P.levels[k][2], W) + jw
-        grad += _load_grad(grad_ptrs, b, bins, channels, mask, 0, k, C, T, H, W, P, ACC)
+        bins = _number(jt, jh, jw, k, s, P)
+        grad += _load_grad(grad_ptrs, b, bins, channels, mask, 0, k, s, P, ACC)
     for parent in tl.static_range(len(P.levels)):
         if P.source[parent] == k and WANTED[parent]:
             grad += _grad_of_parent(
-                grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, C, T, H, W,
-                parent, P, GIVEN, WANTED, ACC,
-            )  # fmt: skip
+                grad_ptrs,
+                codes_ptr,
+                b,
+                jt,
+                jh,
+                jw,
+                channels,
+                mask,
+                parent,
+                s,
+                P,
+                GIVEN,
+                WANTED,
+                ACC,
+            )
     return grad
 
 
 @triton.jit
 def _grad_of_parent(
-    grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, C, T, H, W,
-    k: tl.constexpr, P: tl.constexpr, GIVEN: tl.constexpr, WANTED: tl.constexpr, ACC: tl.constexpr,
+    grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, k: tl.constexpr, s, P: tl.constexpr,
+    GIVEN: tl.constexpr, WANTED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What reaches bin (jt, jh, jw) of level k's source from level k, and from what is coarser still."""
     OWN: tl.constexpr = P.levels[k]
@@ -472,87 +485,119 @@ def _grad_of_parent(
     KW: tl.constexpr = 1 if OWN[2] == WHOLE else FINER[2] // OWN[2]
     child = (jt % KT * KH + jh % KH) * KW + jw % KW
     jt, jh, jw = jt // KT, jh // KH, jw // KW
-    bins = (jt * _bins(OWN[1], H) + jh) * _bins(OWN[2], W) + jw
-    base, offs = _tape_at(b, bins, channels, True, k, C, T, H, W, P)
+    base, offs = _tape_at(b, _number(jt, jh, jw, k, s, P), channels, k, s, P)
     code = tl.load(codes_ptr + base + offs, mask=mask, other=0).to(tl.int32)
     return _grad_of_winner(
-        grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask & (code == child), C, T, H, W,
-        k, P, GIVEN, WANTED, ACC,
+        grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask & (code == child), k, s, P,
+        GIVEN, WANTED, ACC,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs", "T", "H", "W"])
+def _pyramid_pool_push_kernel(
+    grad_ptrs,  # a tuple, as the results: [B, F], or the levels' maps; None where there is none
+    codes_ptr,  # [B, C, columns], or [B, columns, C] where channels are inner
+    pushed_ptr,  # as the indices, in the accumulator's dtype; written
+    programs, C, T, H, W,
+    P: tl.constexpr, TILES: tl.constexpr, GIVEN: tl.constexpr, WANTED: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Gradients of coarse maxima pushed down to the bins that have indices: what each one's winner gets.
+
+    GIVEN: the levels with a gradient; WANTED: those that one comes through.
+    """
+    turn, first_channel, b = _share(programs, C, BLOCK_C)
+    s = _sizes(None, b, C, T, H, W, P)
+    for k in tl.static_range(len(P.levels)):
+        if P.source[k] < 0 and WANTED[k]:
+            tiles = tl.cdiv(s.bins[k], TILES[k][0])
+            for tile in range(turn, tiles, programs):
+                first_bin = tile * TILES[k][0]
+                channels, bins, _ = _tile(
+                    first_channel, first_bin, BLOCK_C, TILES[k][0], 1, P, INDEX
+                )
+                mask = (channels < C) & (bins < s.bins[k])
+                jt, jh, jw = _coordinates(bins, k, s, P)
+                grad = _grad_of_winner(
+                    grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, k, s, P, GIVEN, WANTED, ACC
+                )
+                base, offs = _tape_at(b, bins, channels, k, s, P)
+                tl.store(pushed_ptr + base + offs, grad, mask=mask)
+            turn = (turn + programs - tiles % programs) % programs
 
 
 @triton.jit
 def _gather(
-    dx, grad_ptrs, indices_ptr, codes_ptr, b, places, channels, mask_c, inside, C, T, H, W,
-    size_t, size_h, size_w, k: tl.constexpr, P: tl.constexpr, GIVEN: tl.constexpr,
-    WANTED: tl.constexpr, WINNERS: tl.constexpr, MEANS: tl.constexpr, ACC: tl.constexpr,
+    dx, grad_ptrs, pushed_ptr, indices_ptr, b, places, channels, mask_c, inside, k: tl.constexpr, s,
+    P: tl.constexpr, WINNERS: tl.constexpr, MEANS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx with what comes from the bins of level k: from those whose winner a place is, and from means."""
     LEVEL: tl.constexpr = P.levels[k]
-    from_t, to_t = _bins_of(places // W // H, LEVEL[0], size_t)
-    from_h, to_h = _bins_of(places // W % H, LEVEL[1], size_h)
-    from_w, to_w = _bins_of(places % W, LEVEL[2], size_w)
-    for step_t in range(0, _most_bins(LEVEL[0], size_t)):
+    from_t, to_t = _bins_with(places // s.W // s.H, LEVEL[0], s.region[0])
+    from_h, to_h = _bins_with(places // s.W % s.H, LEVEL[1], s.region[1])
+    from_w, to_w = _bins_with(places % s.W, LEVEL[2], s.region[2])
+    most_h, most_w = _most_bins(LEVEL[1], s.region[1]), _most_bins(LEVEL[2], s.region[2])
+    for step_t in range(0, _most_bins(LEVEL[0], s.region[0])):
         jt = from_t + step_t
-        start_t, end_t = _bin_span(jt, LEVEL[0], size_t)
-        for step_h in range(0, _most_bins(LEVEL[1], size_h)):
+        for step_h in range(0, most_h):
             jh = from_h + step_h
-            start_h, end_h = _bin_span(jh, LEVEL[1], size_h)
             inside_row = inside & (jt < to_t) & (jh < to_h)
-            row = (jt * _bins(LEVEL[1], H) + jh) * _bins(LEVEL[2], W)
-            for step_w in range(0, _most_bins(LEVEL[2], size_w)):
+            for step_w in range(0, most_w):
                 jw = from_w + step_w
+                bins = _number(jt, jh, jw, k, s, P)
                 mask_bin = inside_row & (jw < to_w)
                 mask = mask_bin & mask_c
                 if WINNERS:
-                    base, at = _tape_at(b, row + jw, channels, False, k, C, T, H, W, P)
-                    winner = tl.load(indices_ptr + base + at, mask=mask, other=-1)
-                    dx += _grad_of_winner(
-                        grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask & (winner == places),
-                        C, T, H, W, k, P, GIVEN, WANTED, ACC,
-                    )  # fmt: skip
+                    base, offs = _tape_at(b, bins, channels, k, s, P)
+                    winner = tl.load(indices_ptr + base + offs, mask=mask, other=-1)
+                    won = mask & (winner == places)
+                    if pushed_ptr is None:
+                        dx += _load_grad(grad_ptrs, b, bins, channels, won, 0, k, s, P, ACC)
+                    else:
+                        dx += tl.load(pushed_ptr + base + offs, mask=won, other=0.0)
                 if MEANS:
-                    start_w, end_w = _bin_span(jw, LEVEL[2], size_w)
+                    start_t, end_t = _elements(jt, LEVEL[0], s.region[0])
+                    start_h, end_h = _elements(jh, LEVEL[1], s.region[1])
+                    start_w, end_w = _elements(jw, LEVEL[2], s.region[2])
                     count = (end_t - start_t) * (end_h - start_h) * (end_w - start_w)
+                    share = 1.0 / tl.where(mask_bin, count, 1).to(ACC)
                     grad = _load_grad(
-                        grad_ptrs, b, row + jw, channels, mask, P.maxima + 0, k, C, T, H, W, P, ACC
+                        grad_ptrs, b, bins, channels, mask, P.maxima + 0, k, s, P, ACC
                     )
-                    dx += grad / tl.where(mask_bin, count, 1).to(ACC)
+                    dx += grad * share
     return dx
 
 
 @triton.jit(do_not_specialize=["programs", "T", "H", "W"])
 def _pyramid_pool_bwd_kernel(
     grad_ptrs,  # a tuple, as the results: [B, F], or the levels' maps; None where there is none
-    indices_ptr, codes_ptr,  # [B, C, columns], or [B, columns, C] where channels are inner; or None
+    pushed_ptr,  # as the indices: gradients of the winners; None where they are grad_ptrs' own
+    indices_ptr,  # [B, C, columns], or [B, columns, C] where channels are inner; or None
     valid_ptr,  # [B, 3] or None
     dx_ptr,  # [B, C, T, H, W], or [B, T, H, W, C] where channels are inner
     programs, C, T, H, W, volume,
-    P: tl.constexpr, GIVEN: tl.constexpr, WANTED: tl.constexpr,
+    P: tl.constexpr, WINNERS: tl.constexpr, MEANS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """dx of a block of places, gathered from the bins that hold them. GIVEN: the levels with a gradient; WANTED: those
-    that one comes through."""
+    """dx of a block of places, from the levels that have WINNERS, MEANS or both."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    size_t, size_h, size_w = _region(valid_ptr, b, T, H, W)
+    s = _sizes(valid_ptr, b, C, T, H, W, P)
     places = turn.to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channels = first_channel.to(INDEX) + tl.arange(0, BLOCK_C)
+    channels = first_channel + tl.arange(0, BLOCK_C).to(INDEX)
     if P.inner:
         places, channels = places[:, None], channels[None, :]
         offs = places * C + channels
     else:
         places, channels = places[None, :], channels[:, None]
         offs = channels * volume + places
-    mask_c = channels < C
-    rows = places // W
-    inside = (places < volume) & (rows // H < size_t) & (rows % H < size_h) & (places % W < size_w)
-    dx = tl.zeros((1, 1), ACC) + offs.to(ACC) * 0
+    mask_c, mask_p = channels < C, places < volume
+    t, h, w = places // W // H, places // W % H, places % W
+    inside = mask_p & (t < s.region[0]) & (h < s.region[1]) & (w < s.region[2])
+    dx = offs.to(ACC) * 0
     for k in tl.static_range(len(P.levels)):
-        if (P.maxima and P.source[k] < 0 and WANTED[k]) or (P.means and GIVEN[k]):
+        if WINNERS[k] or MEANS[k]:
             dx = _gather(
-                dx, grad_ptrs, indices_ptr, codes_ptr, b, places, channels, mask_c, inside, C, T, H, W,
-                size_t, size_h, size_w, k, P, GIVEN, WANTED,
-                P.maxima and P.source[k] < 0 and WANTED[k], P.means and GIVEN[k], ACC,
+                dx, grad_ptrs, pushed_ptr, indices_ptr, b, places, channels, mask_c, inside,
+                k, s, P, WINNERS[k], MEANS[k], ACC,
             )  # fmt: skip
-    base = b * C * volume
-    tl.store(dx_ptr + base + offs, dx, mask=mask_c & (places < volume))
+    tl.store(dx_ptr + b * C * volume + offs, dx, mask=mask_c & mask_p)

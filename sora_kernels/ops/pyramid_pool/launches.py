@@ -22,9 +22,8 @@ from .levels import Level, bins, plan
 from .results import Result
 
 OP = "pyramid_pool"
-FORWARD, NESTED, BACKWARD = (
-    "_pyramid_pool_fwd_kernel", "_pyramid_pool_nested_kernel", "_pyramid_pool_bwd_kernel"
-)  # fmt: skip
+FORWARD, NESTED = "_pyramid_pool_fwd_kernel", "_pyramid_pool_nested_kernel"
+PUSH, GATHER = "_pyramid_pool_push_kernel", "_pyramid_pool_bwd_kernel"
 
 # Programs that fill a large GPU: while there are fewer, a sample's block of channels is shared among several.
 FILL = 2048
@@ -65,12 +64,20 @@ def backward(
     """dx ``[B, C, T, H, W]`` in one launch, dense, channels last in memory where they are inner."""
     some = _check_grads(grads, indices, codes, valid_size, form, shape)
     given = tuple(g is not None for g in grads) * (len(form.levels) if form.flat else 1)
+    push, gather = plan_backward(arch_of(some.device), form, given, tuple(shape), some.dtype)
+    pushed = None
+    if push is not None:
+        assert indices is not None
+        wide = torch.promote_types(some.dtype, torch.float32)
+        pushed = torch.empty_like(indices, dtype=wide)
+        kernels._pyramid_pool_push_kernel[push.grid](
+            tuple(grads), codes, pushed, *push.sizes, **push.constants
+        )
     B, C, *sizes = shape
     dx = some.new_empty((B, *sizes, C) if form.inner else (B, C, *sizes))
-    step = plan_backward(arch_of(some.device), form, given, tuple(shape), some.dtype)
     valid = None if valid_size is None else valid_size.contiguous()
-    kernels._pyramid_pool_bwd_kernel[step.grid](
-        tuple(grads), indices, codes, valid, dx, *step.sizes, **step.constants
+    kernels._pyramid_pool_bwd_kernel[gather.grid](
+        tuple(grads), pushed, indices, valid, dx, *gather.sizes, **gather.constants
     )
     return dx.movedim(-1, 1) if form.inner else dx
 
@@ -103,7 +110,7 @@ def plan_forward(
         grid,
         (programs, C, *sizes, *steps),
         {
-            "P": pyramid, "WALKED": walked, "TILES": tiles, "BLOCK_C": block_c, "UNIT": unit,
+            "P": pyramid, "TILES": tiles, "BLOCK_C": block_c, "UNIT": unit,
             "num_warps": config["num_warps"], **common,
         },
     )  # fmt: skip
@@ -123,26 +130,43 @@ def plan_forward(
 @functools.lru_cache(maxsize=4096)
 def plan_backward(
     arch: str, form: Form, given: tuple[bool, ...], shape: tuple[int, ...], dtype: torch.dtype
-) -> Step:
+) -> tuple[Step | None, Step]:
+    """One launch that gathers; before it, where a level with codes has a gradient, one that pushes down to the levels
+    with indices.
+    """
     B, C, *sizes = shape
-    config, block_c, places = _config(BACKWARD, arch, form, C, dtype)
-    volume = math.prod(sizes)
-    programs = triton.cdiv(volume, places)
     pyramid = _pyramid(form, tuple(range(len(form.levels))))
+    wide = _is_wide(form, shape, None)
+    common = {"ACC": _accumulator(dtype), "INDEX": tl.int64 if wide else tl.int32}
     wanted = list(given)
     for k in reversed(plan(form.levels, None).order):
         if pyramid.source[k] >= 0 and wanted[k]:
             wanted[pyramid.source[k]] = True
-    wide = _is_wide(form, shape, None)
-    return Step(
-        (programs * triton.cdiv(C, block_c) * B,),
-        (programs, C, *sizes, volume),
-        {
-            "P": pyramid, "GIVEN": given, "WANTED": tuple(wanted), "BLOCK_P": places,
-            "BLOCK_C": block_c, "ACC": _accumulator(dtype),
-            "INDEX": tl.int64 if wide else tl.int32, "num_warps": config["num_warps"],
-        },
-    )  # fmt: skip
+    winners = tuple(form.has_max and s < 0 and w for s, w in zip(pyramid.source, wanted, strict=True))
+
+    push = None
+    if form.has_max and any(s >= 0 and g for s, g in zip(pyramid.source, given, strict=True)):
+        config, block_c, places = _config(PUSH, arch, form, C, dtype)
+        tiles = tuple(
+            (min(places, triton.next_power_of_2(math.prod(o or places for o in level))), 1, 1)
+            for level in form.levels
+        )
+        grid, programs = _grid(form, shape, tiles, winners, block_c, math.inf)
+        constants = {
+            "P": pyramid, "TILES": tiles, "GIVEN": given, "WANTED": tuple(wanted),
+            "BLOCK_C": block_c, "num_warps": config["num_warps"], **common,
+        }  # fmt: skip
+        push = Step(grid, (programs, C, *sizes), constants)
+
+    config, block_c, places = _config(GATHER, arch, form, C, dtype)
+    volume = math.prod(sizes)
+    programs = triton.cdiv(volume, places)
+    constants = {
+        "P": pyramid, "WINNERS": winners, "MEANS": tuple(form.has_avg and g for g in given),
+        "BLOCK_P": places, "BLOCK_C": block_c, "num_warps": config["num_warps"], **common,
+    }  # fmt: skip
+    grid = (programs * triton.cdiv(C, block_c) * B,)
+    return push, Step(grid, (programs, C, *sizes, volume), constants)
 
 
 def _pyramid(form: Form, roots: tuple[int, ...]) -> kernels.Pyramid:
@@ -203,9 +227,10 @@ def _nested_tile(level: Level, root: Level, places: int) -> Tile:
 
 
 def _grid(
-    form: Form, shape: Sequence[int], tiles: Sequence[Tile], made: Sequence[bool], block_c: int
-) -> tuple[tuple[int], int]:
-    """One program a sample and block of channels, or as many as it takes to fill the GPU, up to one a tile."""
+    form: Form, shape: Sequence[int], tiles: Sequence[Tile], made: Sequence[bool], block_c: int,
+    fill: float = FILL,
+) -> tuple[tuple[int], int]:  # fmt: skip
+    """One program a sample and block of channels, or as many as it takes to ``fill`` the GPU, up to one a tile."""
     B, C, *sizes = shape
     count = sum(
         triton.cdiv(layout.volume(bins(level, sizes)), tile[0])
@@ -213,7 +238,7 @@ def _grid(
         if own
     )
     blocks = B * triton.cdiv(C, block_c)
-    programs = min(count, triton.cdiv(FILL, blocks))
+    programs = int(min(count, -(-fill // blocks)))
     return (blocks * programs,), programs
 
 
@@ -254,10 +279,7 @@ def _arch_of(device: int) -> str:
 
 
 def arch_of(device: torch.device) -> str:
-    """On the CPU the interpreter's own: it takes a reduction element by element, so its tiles are small."""
-    if device.type == "cuda":
-        return _arch_of(device.index)
-    return "interpreter" if device.type == "cpu" else "default"
+    return _arch_of(device.index) if device.type == "cuda" else "default"
 
 
 def _check(x: Tensor, valid_size: Tensor | None, form: Form) -> None:
