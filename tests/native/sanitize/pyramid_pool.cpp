@@ -44,6 +44,15 @@ bool follows(const sora::PyramidLevel& level, const sora::PyramidLevel& source) 
   return true;
 }
 
+sora::PyramidLevel coarser(sora::PyramidLevel level, Random& random) {
+  for (int64_t& o : level.bins) {
+    const int64_t finer = o;
+    while (o && (o = random.in(1, finer), finer % o != 0)) {
+    }
+  }
+  return level;
+}
+
 void lay_results(Case& p, Random& random) {
   const bool flat = random.one_in(2), last = random.one_in(2);
   const int64_t parts = p.maxima + p.means;
@@ -73,9 +82,10 @@ Case make_case(Random& random, bool large) {
   if (large) p.C = random.in(30, 50), p.sizes[1] = random.in(12, 24), p.sizes[2] = random.in(20, 30);  // threads, slabs
   p.maxima = random.one_in(2), p.means = !p.maxima || random.one_in(2), p.keep = p.maxima && random.one_in(2);
   p.inner = random.one_in(2);
-  for (int64_t k = random.in(1, 4); k > 0; --k) {
+  for (int64_t rest = random.in(1, 4); rest > 0; --rest) {
     sora::PyramidLevel level{};
-    for (int64_t& o : level.bins) o = random.one_in(8) ? 0 : random.one_in(3) ? random.in(1, 11) : int64_t(1) << random.in(0, 3);
+    for (int64_t& o : level.bins) o = random.one_in(8) ? 0 : random.in(1, 11);
+    if (!p.levels.empty() && !random.one_in(3)) level = coarser(p.levels[random.in(0, p.levels.size() - 1)], random);
     level.column = p.columns, level.source = -1;
     for (int64_t j = 0; j < int64_t(p.levels.size()); ++j)
       if (!random.one_in(4) && follows(level, p.levels[j])) level.source = j;
