@@ -40,13 +40,14 @@ class Backend:
     """One way to run an operator.
 
     ``impl`` is what the operator's own code calls (a namespace of functions, or one function);
-    ``config`` and ``floor_bytes`` feed :func:`explain` and may be left out.
+    ``deterministic`` says for which facts the results repeat bit for bit; ``config`` and
+    ``floor_bytes`` feed :func:`explain` and may be left out.
     """
 
     name: str
     can_run: Callable[[Any], Verdict]
     impl: Any
-    deterministic: bool = True
+    deterministic: Callable[[Any], bool] = lambda facts: True
     config: Callable[[Any], str] | None = None
     floor_bytes: Callable[[Any], int] | None = None
 
@@ -97,7 +98,9 @@ class Operator:
         deterministic = torch.are_deterministic_algorithms_enabled()
         for name in self.prefer(facts):
             backend = self.backends[name]
-            if (backend.deterministic or not deterministic) and backend.can_run(facts).ok:
+            if deterministic and not backend.deterministic(facts):
+                continue
+            if backend.can_run(facts).ok:
                 return backend
         raise BackendError(f"{self.name}: no backend can run {facts}\n{self.explain(facts)}")
 
@@ -110,7 +113,7 @@ class Operator:
             backend = self.backends[name]
             verdict = backend.can_run(facts)
             why = verdict.why
-            if verdict.ok and deterministic and not backend.deterministic:
+            if verdict.ok and deterministic and not backend.deterministic(facts):
                 verdict, why = no(why), "not bitwise repeatable, and deterministic mode is on"
             if verdict.ok and requested and name != requested:
                 why = f"SORA_BACKEND asks for {requested}"

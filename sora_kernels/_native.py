@@ -88,6 +88,15 @@ def cuda_status(capability: tuple[int, int] | None = None) -> Status:
     return arch_status(capability, info["cuda_archs"], ptx)
 
 
+@cache
+def cuda_device_status(device: Any) -> Status:
+    """:func:`cuda_status` for the GPU that a tensor is on."""
+    import torch
+
+    known = torch.cuda.is_available()
+    return cuda_status(torch.cuda.get_device_capability(device) if known else None)
+
+
 def driver_status(runtime: int, driver: int) -> Status:
     """Whether a driver serves the runtime linked into ``_C`` (both 1000 * major + 10 * minor)."""
     if driver <= 0:

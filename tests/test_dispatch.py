@@ -17,7 +17,7 @@ def operator():
                 "fast",
                 lambda n: YES if n % 8 == 0 else no(f"n is {n}, not a multiple of 8"),
                 "F",
-                deterministic=False,
+                deterministic=lambda facts: False,
             ),
             Backend(
                 "steady",

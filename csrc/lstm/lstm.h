@@ -17,7 +17,7 @@
 //   * The caller owns every array and allocates every output; nothing is kept between calls; inputs are not written.
 //     No two arrays of a call may overlap, except where an argument is said to be in-out or may alias.
 //   * A null pointer is allowed only where the comment says so.
-//   * No exceptions cross this interface: functions return an error code, 0 for success (see lstm_error).
+//   * Functions return an error code, 0 for success (see lstm_error). Nothing is thrown but std::bad_alloc.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "../common/device_guard.cuh"
 #include "cell.h"
 #include "lstm.h"
 
@@ -72,27 +73,6 @@ __global__ void __launch_bounds__(kThreads) lstm_cell_bwd_kernel(LstmCellBackwar
     out[3 * a.H] = Element(grad.o);
   }
 }
-
-// Makes `device` current for one call. The runtime is linked statically, so this is not the device that torch has set.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
 
 template <class Args>
 int launch(void (*kernel)(Args), const Args& args, int device, void* stream) {

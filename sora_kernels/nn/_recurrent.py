@@ -45,7 +45,8 @@ class Recurrent(nn.RNNBase):
         self.memory = memory
         self.int8 = int8
         self._int8_weights = Int8Cache()
-        self._weight_shapes = [w.shape for w in self._weights()]
+        self._shapes: tuple[Any, list[torch.Size]] = (None, [])
+        self._weight_shapes()  # not first in a graph, which would guard on what it finds
 
     @classmethod
     def from_torch(
@@ -213,6 +214,22 @@ class Recurrent(nn.RNNBase):
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
 
+    def _weight_shapes(self) -> list[torch.Size]:
+        """By the sizes as they are: pruning writes smaller ones."""
+        sizes = self.input_size, self.hidden_size, self.proj_size
+        if self._shapes[0] != sizes:
+            I, H, P = sizes  # noqa: E741
+            rows = _CELLS[self.mode].gates * H
+            found: list[tuple[int, ...]] = []
+            for layer in range(self.num_layers):
+                for _ in range(2 if self.bidirectional else 1):
+                    width = (P or H) * (2 if self.bidirectional else 1) if layer else I
+                    found += [(rows, width), (rows, P or H)]
+                    found += [(rows,), (rows,)] if self.bias else []
+                    found += [(P, H)] if P else []
+            self._shapes = sizes, [torch.Size(shape) for shape in found]
+        return self._shapes[1]
+
     def _state_sizes(self, cell: Cell) -> tuple[int, ...]:
         output = self.proj_size or self.hidden_size
         return (output, self.hidden_size) if cell.has_c else (output,)
@@ -238,6 +255,8 @@ class Recurrent(nn.RNNBase):
 
     def _check_input(self, x: Tensor, weights: list[Tensor]) -> None:
         dtype, device, first = x.dtype, x.device, weights[0]
+        if first is None:
+            raise self._misfit(x, weights)
         if dtype != first.dtype:
             raise ValueError(
                 f"RNN input dtype ({dtype}) does not match weight dtype ({first.dtype}). "
@@ -250,13 +269,13 @@ class Recurrent(nn.RNNBase):
             )
         if device != first.device:
             raise self._misplaced(x, first)
-        for w, shape in zip(weights, self._weight_shapes, strict=True):
+        for w, shape in zip(weights, self._weight_shapes(), strict=True):
             if w is None or w.shape != shape or w.dtype is not dtype or w.device != device:
                 raise self._misfit(x, weights)
 
     def _misfit(self, x: Tensor, weights: list[Tensor]) -> Exception:
         """For a weight that was assigned, and is not what the constructor made."""
-        own = zip(self._flat_weights_names, weights, self._weight_shapes, strict=True)
+        own = zip(self._flat_weights_names, weights, self._weight_shapes(), strict=True)
         for name, w, shape in own:
             if w is None:
                 return TypeError(f"{name}: expected a tensor, got None")

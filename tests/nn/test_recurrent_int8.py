@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import sora_kernels as sk
@@ -50,9 +51,13 @@ def rounded(module):
     with torch.no_grad():
         for name, w in exact.named_parameters():
             if name.startswith("weight_hh"):
-                scale = w.float().abs().amax(1, keepdim=True) / 127
-                w.copy_((w / scale).round() * scale)
+                w.copy_(rounded_rows(w))
     return exact
+
+
+def rounded_rows(w):
+    scale = w.float().abs().amax(1, keepdim=True) / 127
+    return (w / scale).round() * scale
 
 
 def outputs(found):
@@ -145,6 +150,44 @@ def test_weights_that_change_are_seen(make):
         module.int8 = True
         module.load_state_dict(make(4, 6).state_dict())
         assert torch.allclose(module(x)[0], rounded(module)(x)[0], atol=1e-5)
+
+
+def test_another_weight_at_the_same_address_is_another_weight(make):
+    """Memory that was freed comes back, with version 0."""
+    module, x = make(64, 256, int8=True), torch.randn(3, 1, 64)
+    stock = rounded(module)
+    with torch.no_grad():
+        for _ in range(8):
+            fresh = {"weight_hh_l0": torch.randn_like(module.weight_hh_l0) * 0.06}
+            ours = torch.func.functional_call(module, fresh, (x,))[0]
+            stock.weight_hh_l0.copy_(rounded_rows(fresh["weight_hh_l0"]))
+            del fresh
+            assert torch.allclose(ours, stock(x)[0], rtol=0, atol=1e-5)
+
+
+def test_inference_tensors_default_devices_and_fake_tensors(make):
+    x = torch.randn(3, 1, 4)
+    with torch.inference_mode():
+        module = make(4, 6, int8=True)
+        before = module(x)[0]
+        module.weight_hh_l0.mul_(-1)
+        assert not torch.equal(before, module(x)[0])
+    module = make(4, 6, int8=True)
+    with torch.no_grad():
+        want = module(x)[0]
+        module._int8_weights = type(module._int8_weights)()
+        with torch.device("meta"):
+            assert torch.equal(module(x)[0], want)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert module(fake.from_tensor(x))[0].shape == (3, 1, 6)
+
+
+def test_a_backend_asked_for_from_outside(make, used, monkeypatch):
+    module = make(4, 6, int8=True)
+    monkeypatch.setenv("SORA_BACKEND", "reference")
+    with torch.no_grad():
+        module(torch.randn(3, 2, 4))
+    assert not any(used)
 
 
 def test_nan_in_a_weight_is_nan_in_its_unit(make):

@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
+import sora_kernels as sk
+from sora_kernels.testing import assert_close
+
 
 class Beside:
     """Ours, and torch's module with whatever weights ours has at the moment."""
@@ -221,3 +224,36 @@ def test_hooks_run(beside):
     x = beside.x.requires_grad_()
     beside.ours(x)[0].sum().backward()
     assert seen == ["before", 2, "backward"]
+
+
+def test_smaller_weights_after_structured_pruning():
+    """Sizes are those of now, as in torch's modules."""
+    stock, x = torch.nn.LSTM(4, 6, batch_first=True), torch.randn(2, 3, 4)
+    ours = sk.nn.LSTM.from_torch(stock)
+    kept = torch.cat([torch.arange(3) + 6 * gate for gate in range(4)])
+    for module in (stock, ours):
+        weights = {name: p.detach()[kept] for name, p in module.named_parameters()}
+        weights["weight_hh_l0"] = weights["weight_hh_l0"][:, :3]
+        for name, w in weights.items():
+            setattr(module, name, torch.nn.Parameter(w))
+        module.hidden_size = 3
+    assert_close(ours(x)[0], stock(x)[0], "composition_fp32")
+
+
+def test_a_weight_that_is_not_there():
+    module = sk.nn.GRU(4, 5)
+    module.weight_ih_l0 = None
+    with pytest.raises(TypeError, match="weight_ih_l0: expected a tensor, got None"):
+        module(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_where_another_device_is_the_default(backend):
+    """Small tensors that are made on the way do not land there."""
+    module = sk.nn.LSTM(4, 5, backend=backend)
+    x, lengths = torch.randn(6, 2, 4), torch.tensor([6, 3])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+    want, packed_want = module(x, lengths=lengths)[0], module(packed)[0].data
+    with torch.device("meta"):
+        assert torch.equal(module(x, lengths=lengths)[0], want)
+        assert torch.equal(module(packed)[0].data, packed_want)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sora_kernels import BackendError, explain
+from sora_kernels import BackendError, _native, explain
 from sora_kernels.ops.lstm import backends, gru, lstm, rnn
 from sora_kernels.testing import assert_close
 
@@ -181,10 +181,18 @@ def test_preference(changed, first):
     assert backends._prefer(facts(**changed))[0] == first
 
 
-def test_deterministic_mode_prefers_native_on_cuda():
+def test_deterministic_mode_passes_over_cudnn(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_device_status", lambda device: _native.Status("ok"))
     torch.use_deterministic_algorithms(True)
     try:
-        assert backends._prefer(facts())[0] == "native"
+        for changed, name in (
+            ({}, "native"),
+            ({"ragged": True}, "reference"),
+            ({"cell": "gru"}, "reference"),
+            ({"cell": "gru", "device": CPU, "steps": 1}, "torch"),
+        ):
+            asked = facts(**changed)
+            assert backends.OPERATORS[asked.cell].select("", asked).name == name
     finally:
         torch.use_deterministic_algorithms(False)
 

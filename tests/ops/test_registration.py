@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sora_kernels as sk
+from sora_kernels.testing import assert_close
 
 
 def block(x):
@@ -25,6 +26,12 @@ def recurrence(function, rows):
 CALLS = [
     pytest.param(
         block, torch.randn(1, 3, 2, 2, 2), "sora_kernels.conv3d_bn_act", id="conv3d_bn_act"
+    ),
+    pytest.param(
+        lambda x: sk.pyramid_pool3d(x, (1, 2)),
+        torch.randn(1, 3, 4, 5, 6),
+        "sora_kernels.pyramid_pool3d",
+        id="pyramid_pool3d",
     ),
     *(
         pytest.param(recurrence(function, rows), torch.randn(2, 1, 3), name, id=name[13:])
@@ -123,3 +130,87 @@ def test_selective_checkpoint_can_save_the_operator():
     assert calls == [forward]
     (want,) = torch.autograd.grad(block(x).sum(), x)
     assert torch.equal(x.grad, want)
+
+
+class Trained(torch.nn.Module):
+    """An operator between two layers that have parameters."""
+
+    def __init__(self, own, width, x):
+        super().__init__()
+        self.before, self.own = torch.nn.Conv1d(1, 1, 1), own
+        self.after, self.x = torch.nn.Linear(width, 2), x
+
+    def forward(self, x):
+        x = self.before(x.flatten()[None, None]).view(x.shape)
+        y = self.own(x)
+        return self.after(y[0] if isinstance(y, tuple) else y)
+
+
+X = torch.randn(2, 3, 4, 5, 6)
+ROWS = torch.randn(5, 2, 3)
+TRAINED = [
+    pytest.param(lambda: Trained(sk.nn.ConvBNAct3d(3, 4, 3, bias=False), 4, X), id="conv3d_bn_act"),
+    pytest.param(lambda: Trained(sk.nn.PyramidPool3d((1, 2), mode="maxavg"), 54, X), id="pyramid"),
+    pytest.param(lambda: Trained(sk.nn.LSTM(3, 4, 2, bidirectional=True), 8, ROWS), id="lstm"),
+    pytest.param(lambda: Trained(sk.nn.GRU(3, 4), 4, ROWS), id="gru"),
+    pytest.param(lambda: Trained(sk.nn.RNN(3, 4), 4, ROWS), id="rnn"),
+]
+
+
+@pytest.mark.parametrize("way", ["export", "strict export", "trace"])
+@pytest.mark.parametrize("make", TRAINED)
+def test_exported_and_traced_graphs_train(make, way):
+    """They hold the operator, and it has gradients."""
+    module = make()
+    x = module.x
+    names = [name for name, _ in module.named_parameters()]
+    want = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    if way == "trace":
+        graph = torch.jit.trace(module, (x,), check_trace=False)
+    else:
+        graph = torch.export.export(module, (x,), strict=way == "strict export").module()
+    own = dict(graph.named_parameters())
+    found = torch.autograd.grad(graph(x).square().sum(), [own[name] for name in names])
+    for name, a, b in zip(names, found, want, strict=True):
+        assert_close(a, b, "composition_fp32", name=name)
+
+
+def smooth(module, x):
+    """A function of x with a curvature."""
+    module = module.double()
+
+    def call(x):
+        y = module(x.tanh())
+        return (y[0] if isinstance(y, tuple) else y).square().sum()
+
+    return call, x.double()
+
+
+SMALL = [
+    pytest.param(
+        sk.nn.ConvBNAct3d(2, 3, 2, activation="silu"), (1, 2, 3, 2, 2), id="conv3d_bn_act"
+    ),
+    pytest.param(sk.nn.PyramidPool3d((1, 2), mode="maxavg"), (1, 2, 3, 2, 2), id="pyramid"),
+    pytest.param(sk.nn.LSTM(3, 4), (3, 2, 3), id="lstm"),
+    pytest.param(sk.nn.GRU(3, 4), (3, 2, 3), id="gru"),
+    pytest.param(sk.nn.RNN(3, 4), (3, 2, 3), id="rnn"),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), SMALL)
+def test_batches_of_gradients(module, shape):
+    """``is_grads_batched`` and ``vectorize`` send tensors without memory into backward."""
+    call, x = smooth(module, torch.randn(shape))
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    y = y[0] if isinstance(y, tuple) else y
+    wanted = [leaf, *module.parameters()]
+    grads = torch.randn(3, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad(y, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for k, g in enumerate(grads):
+        for a, b in zip(
+            together, torch.autograd.grad(y, wanted, g, retain_graph=True), strict=True
+        ):
+            assert_close(a[k], b, "transform_fp64")
+    ours = torch.autograd.functional.hessian(call, x, vectorize=True)
+    assert_close(ours, torch.autograd.functional.hessian(call, x), "transform_fp64")

@@ -99,7 +99,7 @@ def philox4x32(
 def _native_can_run(x: Tensor) -> bool:
     if x.is_cpu:
         return x.dtype != torch.float16 and x.dtype in _CODES and _native.status().ok
-    return x.is_cuda and x.dtype in _CODES and _native.cuda_status().ok
+    return x.is_cuda and x.dtype in _CODES and _native.cuda_device_status(x.device).ok
 
 
 def _impl(x: Tensor, seed: Tensor, p: float) -> Tensor:

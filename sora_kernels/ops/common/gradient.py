@@ -5,7 +5,8 @@ wrong under functorch. Three rules mend that:
 
 1. While a ``torch.func`` transform is active, or an input is a forward-mode dual tensor, the call runs the
    reference: vmap, grad, jvp and their compositions are right by construction.
-2. Under ``torch.compile`` nothing of this is looked at: Dynamo traces the Function, or inlines the op.
+2. Under ``torch.compile`` nothing of this is looked at: Dynamo traces the Function, or inlines the op. An exported
+   or traced graph holds the op itself, which has the same gradients registered.
 3. The backward op has a Function of its own, whose backward is autograd of the reference: gradients of any
    order exist, and the first order always comes from the kernels.
 """
@@ -17,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 Tensors = Sequence[Tensor | None]
 
@@ -69,11 +70,7 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
             if all(second is None for second in seconds):
                 return (None, None, None, None, *result)
             with torch.enable_grad():
-                # Aliases cut the graph here: an input computed from another one is not followed.
-                tensors = [
-                    t.view_as(t) if t is not None and t.requires_grad else t
-                    for t in ctx.saved_tensors
-                ]
+                tensors = _aliases(ctx.saved_tensors)
                 grads, saved = tensors[: ctx.num_grads], tensors[ctx.num_grads :]
                 outputs, inputs = pair.recompute(saved, ctx.flags)
                 pairs = [
@@ -113,6 +110,30 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
                         result[i] = g
             return (None, None, None, None, *result)
 
+    def by_definition(
+        flags: tuple, grads: Tensors, saved: Tensors, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """First derivatives by autograd of the reference."""
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            outputs, inputs = pair.recompute(_aliases(saved), flags)
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if o is not None and g is not None
+            ]
+            wanted = [t for t, n in zip(inputs, needs, strict=True) if n and t is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=graph,
+                    allow_unused=True,
+                )
+            )
+        return [next(found) if n else None for n in needs]
+
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, flags, backend, *tensors):
@@ -129,6 +150,8 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
             saved = ctx.saved_tensors
             if all(g is None for g in grads):
                 return (None,) * (2 + len(needs))
+            if not is_dynamo_compiling() and any(map(_is_batched, grads)):
+                return (None, None, *by_definition(ctx.flags, grads, saved, needs))
             if not is_dynamo_compiling() and torch.is_grad_enabled():
                 found = Backward.apply(ctx.flags, ctx.backend, needs, len(grads), *grads, *saved)
             else:
@@ -138,13 +161,24 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
     def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors:
         if not is_dynamo_compiling() and transformed(tensors):
             return pair.reference(tensors, flags)
-        if torch.is_grad_enabled():
+        # An exported graph holds the op, whose gradients are its own (schema.differentiate).
+        if torch.is_grad_enabled() and not is_exporting():
             for t in tensors:
                 if t is not None and t.requires_grad:
                     return Forward.apply(flags, backend, *tensors)
         return pair.forward(tensors, flags, False, backend)[: pair.num_outputs]
 
     return call
+
+
+def _aliases(tensors: Tensors) -> list[Tensor | None]:
+    """They cut the graph: an input that was computed from another one is not followed."""
+    return [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Of ``is_grads_batched`` and ``jacobian(vectorize=True)``: no memory that a kernel could read."""
+    return grad is not None and is_legacy_batchedtensor(grad)
 
 
 def transformed(tensors: Tensors) -> bool:

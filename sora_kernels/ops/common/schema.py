@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import profiler
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 # One fragment for the package; it lives as long as the process does.
 _LIBRARY = torch.library.Library("sora_kernels", "FRAGMENT")
@@ -76,3 +76,26 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
         return below_autograd(*args) if torch.is_grad_enabled() else impl(*args)
 
     return call
+
+
+def differentiate(name: str, call: Callable[..., Any]) -> None:
+    """Gives the op itself its gradients, for graphs that hold it: exported and traced ones are trained too.
+
+    Args:
+        call: takes the op's arguments, and goes through the operator's ``autograd.Function``.
+    """
+    overload = getattr(torch.ops.sora_kernels, name).default
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and not is_exporting() and any(map(_requires_grad, args)):
+            return call(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _requires_grad(argument: Any) -> bool:
+    if isinstance(argument, torch.Tensor):
+        return argument.requires_grad
+    return isinstance(argument, (list, tuple)) and any(map(_requires_grad, argument))

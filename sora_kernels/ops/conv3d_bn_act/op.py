@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common.gradient import Pair, Tensors, differentiable
-from ..common.schema import register
+from ..common.schema import differentiate, register
 from . import arguments, hybrid, onednn, reference, stock
 from .arguments import DTYPES
 
@@ -361,6 +361,8 @@ def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:
 _call = differentiable(
     Pair(_forward, _save, _backward, _reference, _recompute, num_outputs=1)
 )  # fmt: skip
+
+differentiate("conv3d_bn_act", lambda *args: _call(args[:8], args[8:-1], args[-1])[0])
 
 
 def conv3d_bn_act(

@@ -121,6 +121,8 @@ def validate(
             raise _mismatch(cell, f"weights[{k}]", w, own[k % per], x)
     if hx is not None:
         _validate_states(cell, x, hx, num_layers * directions, B, P, H)
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise _error(cell, f"lengths must be an int tensor [{B}], got {_described(lengths)}")
     if lengths is not None and (
         lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64)
     ):

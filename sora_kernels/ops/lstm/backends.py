@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _env, _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from . import native, reference, stock
 from .arguments import States, autocast
@@ -65,7 +65,7 @@ def _native_can_run(facts: Facts) -> Verdict:
         return no(f"proj_size is {facts.proj_size}; the native CUDA kernels have no projection")
     if facts.dtype not in native.DTYPE_CODES:
         return no(f"x is {facts.dtype}; the native kernels take fp16, bf16, fp32 and fp64")
-    status = _native.cuda_status()
+    status = _native.cuda_device_status(facts.device)
     return YES if status.ok else no(status.why)
 
 
@@ -79,6 +79,8 @@ def _torch_can_run(facts: Facts) -> Verdict:
         return no("reset was given; torch's layer cannot reset")
     if facts.cells:
         return no("return_cells is True; torch's layer returns the last cell state alone")
+    if facts.ragged and facts.device.type == "meta":
+        return no("x is on meta; torch packs rows by lengths that it reads")
     if facts.precision and facts.device.type == "cuda":
         return no(
             f"precision is {facts.precision!r}; torch's layer follows torch.backends.cudnn alone"
@@ -163,8 +165,7 @@ def _torch_is_faster(
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind each line."""
     if not _on_cpu(facts):
-        # cuDNN's loop over steps is never slower than ours, but it is not bitwise repeatable.
-        return _NATIVE_FIRST if torch.are_deterministic_algorithms_enabled() else _TORCH_FIRST
+        return _TORCH_FIRST  # cuDNN's loop over steps is never slower than ours
     # Torch has no projections in oneDNN, and to recompute runs the whole layer again.
     if facts.ragged or facts.proj_size or (facts.recompute and facts.grad):
         return _NATIVE_FIRST
@@ -181,6 +182,7 @@ def int8_pays(batch: int, hidden_size: int) -> bool:
 
 def runs_int8(backend: str, facts: Facts) -> bool:
     """Whether a call of a module with ``int8=True`` goes by int8 weights."""
+    backend = backend or _env.requested_backend(facts.cell.partition("_")[0], _IMPLS)
     return (
         backend in ("", "native")
         and not (facts.grad or facts.cells)
@@ -260,7 +262,13 @@ def _operator(name: str) -> Operator:
 
     backends = [
         Backend("native", _native_can_run, _IMPLS["native"], floor_bytes=_floor_bytes),
-        Backend("torch", _torch_can_run, _IMPLS["torch"], floor_bytes=_floor_bytes),
+        Backend(
+            "torch",
+            _torch_can_run,
+            _IMPLS["torch"],
+            floor_bytes=_floor_bytes,
+            deterministic=_on_cpu,  # cuDNN's layer does not promise the same bits
+        ),
         Backend("reference", lambda facts: YES, _IMPLS["reference"]),
     ]
     return Operator(name, backends, prefer=_prefer, facts=facts)

@@ -39,7 +39,8 @@ def quantise(cell: Cell, w_hh: Tensor) -> Int8Weights:
     whole = (w / scale.where(scale != 0, 1)[:, None]).round().nan_to_num(0).to(torch.int8)
     scale = torch.where(scale.isinf(), float("nan"), scale)
     module, H, P = _native.module(), len(w) // cell.gates, w.shape[1]
-    packed = torch.empty(module.lstm_int8_bytes_cpu(cell.code, H, P), dtype=torch.int8)
+    size = module.lstm_int8_bytes_cpu(cell.code, H, P)
+    packed = torch.empty(size, dtype=torch.int8, device=w.device)
     module.lstm_pack_int8_cpu(cell.code, H, P, whole.contiguous().data_ptr(), packed.data_ptr())
     return Int8Weights(packed, scale)
 
@@ -50,13 +51,23 @@ class Int8Cache:
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[Tensor, int]] = []
         self._made: list[Int8Weights] = []
 
     def of(self, cell: Cell, w_hh: Sequence[Tensor]) -> list[Int8Weights]:
         """Of every layer and direction."""
-        seen = [(w.data_ptr(), w._version) for w in w_hh]
-        if seen != self._seen:
+        if len(w_hh) != len(self._seen) or not all(map(_unchanged, w_hh, self._seen)):
             self._made = [quantise(cell, w) for w in w_hh]
-            self._seen = seen
+            # An alias keeps the memory, whose address another weight would else be given.
+            self._seen = [(w.detach(), _version(w)) for w in w_hh]
         return self._made
+
+
+def _unchanged(w: Tensor, seen: tuple[Tensor, int]) -> bool:
+    was, version = seen
+    # A tensor made in inference mode counts no versions: it is quantised anew each time.
+    return w.data_ptr() == was.data_ptr() and version == _version(w) >= 0
+
+
+def _version(w: Tensor) -> int:
+    return -1 if w.is_inference() else w._version

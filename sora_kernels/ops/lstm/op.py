@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..common.gradient import Pair, Tensors, differentiable
-from ..common.schema import register
-from . import native, reference
+from ..common.schema import differentiate, register
+from . import native, reference, stock
 from .arguments import Sizes, operator_of
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
@@ -76,6 +76,7 @@ class Layer:
             self.fwd = self._define(name + "_fwd", _FORWARD, tapes, partial(self._forward, True))
         self.bwd = self._define(name + "_bwd", _BACKWARD, _GRADIENTS, self._backward)
         self.call = self._pair(False)
+        differentiate(name, self._call_as_op)
         if cell.has_c:
             self.call_with_cells = self._pair(True)
 
@@ -198,6 +199,16 @@ class Layer:
         shapes += [w.shape for w in weights]
         found = [x.new_empty(s if n else (0,)) for s, n in zip(shapes, needs, strict=True)]
         return found[0], found[1], found[2], found[count:]
+
+    def _call_as_op(self, *args: Any) -> Tensors:
+        """``call`` on the arguments of the op without tapes."""
+        states = 1 + self.cell.has_c
+        x, h0, c0 = (*args[: 1 + states], None)[:3]
+        weights, batch_sizes, lengths, reset, bias, precision, backend = args[1 + states :]
+        rows = (batch_sizes, lengths, reset)
+        if backend == "torch":  # whose layer has gradients of its own, and no tapes
+            return stock.forward(self.cell, x, h0, c0, weights, *rows, bias, False)[: 1 + states]
+        return self.call((*args[: 1 + states], *rows, *weights), (bias, precision, False), backend)
 
     def _pair(self, with_cells: bool) -> Callable[[Tensors, tuple, str], Tensors]:
         cell, plain, fwd, bwd = self.cell, self.plain, self.fwd, self.bwd

@@ -88,10 +88,10 @@ class Packing:
     def __init__(self, batch_sizes: Tensor, x: Tensor) -> None:
         sizes, device = packed_sizes(batch_sizes, x), x.device
         T, B = len(sizes), sizes[0]
-        starts, rows = batch_sizes.cumsum(0) - batch_sizes, torch.arange(B)
+        starts, rows = batch_sizes.cumsum(0) - batch_sizes, torch.arange(B, device="cpu")
         live = rows < batch_sizes[:, None]
-        step = torch.repeat_interleave(torch.arange(T), batch_sizes)
-        at = step * B + torch.arange(len(step)) - starts[step]
+        step = torch.repeat_interleave(torch.arange(T, device="cpu"), batch_sizes)
+        at = step * B + torch.arange(len(step), device="cpu") - starts[step]
         self.sizes = (T, B)
         self.lengths = live.sum(0).to(device)
         self._live = live.to(device)

@@ -45,10 +45,7 @@ class Rows(NamedTuple):
         T, B = x.shape[:2]
         if lengths is None:
             return cls((T, B), T, B, T * B)
-        longest_first, order = lengths.to("cpu", torch.int64).sort(descending=True, stable=True)
-        live = torch.arange(T)[:, None] < longest_first
-        places = (torch.arange(T)[:, None] * B + order)[live]
-        return cls((T, B), T, B, len(places), live.sum(1), order, places)
+        return _by_lengths(T, lengths.to("cpu", torch.int64))
 
     def packed(self, t: Tensor) -> Tensor:
         """[*shape, I] -> [N, I]."""
@@ -65,3 +62,20 @@ class Rows(NamedTuple):
         """[*shape, width] for a kernel to fill, 0 where it will not."""
         make = like.new_empty if self.places is None else like.new_zeros
         return make(*self.shape, width) if dtype is None else make(*self.shape, width, dtype=dtype)
+
+
+_LAST: tuple[Tensor, Rows] | None = None  # every layer asks again, and backward
+
+
+def _by_lengths(T: int, lengths: Tensor) -> Rows:
+    global _LAST
+    last = _LAST
+    if last is not None and last[1].T == T and last[0].equal(lengths):
+        return last[1]
+    longest_first, order = lengths.sort(descending=True, stable=True)
+    step, B = torch.arange(T, device="cpu")[:, None], len(lengths)
+    live = step < longest_first
+    places = (step * B + order)[live]
+    rows = Rows((T, B), T, B, len(places), live.sum(1), order, places)
+    _LAST = (lengths.clone(), rows)
+    return rows

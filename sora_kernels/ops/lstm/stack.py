@@ -57,16 +57,14 @@ def run(
             return_cells, memory, precision,
         )  # fmt: skip
         name = "native"
-        if int8 is not None and runs_int8(backend, facts):
+        plain = (int8 is not None or not facts.grad) and goes_straight(x, *(hx or ()), *weights)
+        if int8 is not None and plain and runs_int8(backend, facts):
             narrow = int8.of(cell, weights[1 :: len(weights) // (num_layers * facts.directions)])
         else:
             chosen = layer.operator.select(backend, facts)
             name = chosen.name
             if not facts.grad and not torch.is_grad_enabled() and precision is None:
-                if (
-                    goes_straight(x, *(hx or ()), *weights)
-                    and not torch._C._is_any_autocast_enabled()
-                ):
+                if plain and not torch._C._is_any_autocast_enabled():
                     straight = chosen.impl.forward
         if name == "torch" and not (recompute and facts.grad):  # it has gradients of its own
             if hx is None:

@@ -87,8 +87,6 @@ def _gemm_can_run(facts: Facts) -> Verdict:
 def _torch_can_run(facts: Facts) -> Verdict:
     if facts.valid:
         return no("valid_size was given; torch's pools take no regions")
-    if facts.grad and facts.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-        return no("deterministic mode is on; torch's pools have no such backward on CUDA")
     return YES
 
 
@@ -124,13 +122,25 @@ def facts_of(
     return Facts(x.device, x.dtype, tuple(shape), form, valid_size is not None, grad)
 
 
+_launches = Lazy(".launches")
+
 OPERATOR = Operator(
     "pyramid_pool3d",
     [
-        Backend("triton", _triton_can_run, Lazy(".launches"), floor_bytes=_floor_bytes),
+        Backend(
+            "triton", _triton_can_run, _launches, config=lambda facts: _launches.describe(facts),
+            floor_bytes=_floor_bytes,
+        ),
         Backend("native", _native_can_run, Lazy(".native"), floor_bytes=_floor_bytes),
         Backend("gemm", _gemm_can_run, gemm, floor_bytes=_floor_bytes),
-        Backend("torch", _torch_can_run, stock, floor_bytes=_floor_bytes),
+        Backend(
+            "torch",
+            _torch_can_run,
+            stock,
+            floor_bytes=_floor_bytes,
+            # On CUDA torch has no backward that deterministic mode lets through.
+            deterministic=lambda facts: not (facts.grad and facts.device.type == "cuda"),
+        ),
         Backend("reference", lambda facts: YES, definition),
     ],
     prefer=_prefer,

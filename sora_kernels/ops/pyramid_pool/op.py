@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..common.gradient import Pair, Tensors, differentiable
-from ..common.schema import register
+from ..common.schema import differentiate, register
 from . import layout, reference, tapes
 from .backends import OPERATOR, Facts, facts_of
 from .layout import Form
@@ -174,6 +174,17 @@ _call = differentiable(
 )
 
 
+def _call_form(x: Tensor, valid_size: Tensor | None, form: Form, backend: str) -> list[Tensor]:
+    shape = None if is_dynamo_compiling() else tuple(channels_first(x, form).shape)
+    return list(_call((x, valid_size), (form, shape, x.dtype, x.device), backend))  # type: ignore[arg-type]
+
+
+differentiate(
+    "pyramid_pool3d",
+    lambda x, valid_size, *fields: _call_form(x, valid_size, form_of(*fields[:-1]), fields[-1]),
+)
+
+
 def pyramid_pool3d(
     x: Tensor,
     levels: Sequence[Given] = (1, 2, 4),
@@ -221,10 +232,8 @@ def pyramid_pool3d(
     """
     backend = OPERATOR.check_name(backend) if backend else ""
     form = _checked(x, levels, mode, output, data_format, valid_size)
-    shape = None if is_dynamo_compiling() else tuple(channels_first(x, form).shape)
-    flags = (form, shape, x.dtype, x.device)
-    found = _call((x, valid_size), flags, backend)
-    return found[0] if form.flat else list(found)  # type: ignore[return-value,arg-type]
+    found = _call_form(x, valid_size, form, backend)
+    return found[0] if form.flat else found
 
 
 def _checked(
