@@ -1,5 +1,5 @@
-// dx of one sample and one vector of channels. Where channels are innermost, dx is made in vectors of channels, else one
-// channel after another: an index then leads to memory that is near.
+// dx of one sample and one vector of channels. Where channels are innermost, dx is made in vectors of channels, else
+// one channel after another: an index then leads to memory that is near.
 #pragma once
 
 #include "pyramid_pool_kernels.h"

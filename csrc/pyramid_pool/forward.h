@@ -7,8 +7,8 @@
 namespace sora {
 namespace SORA_ISA {
 
-// The region of one sample and up to a vector of channels, as rows of vectors: where they lie in x, or copied from there
-// to a slab.
+// The region of one sample and up to a vector of channels, as rows of vectors: where they lie in x, or copied from
+// there to a slab.
 template <class Element>
 class Rows {
  public:
@@ -47,7 +47,8 @@ class Rows {
 
   // Row (t, h), which was the `index`th of those loaded.
   const State* row(int64_t t, int64_t h, int64_t index) const {
-    return in_place_ ? reinterpret_cast<const State*>(at(t, h)) : reinterpret_cast<const State*>(slab_ + index * width_);
+    if (in_place_) return reinterpret_cast<const State*>(at(t, h));
+    return reinterpret_cast<const State*>(slab_ + index * width_);
   }
 
   void next(int64_t& t, int64_t& h) const {
@@ -130,7 +131,8 @@ class Forward {
     if (geometry_.partial) clear();
     const bool indexed = places_ != nullptr;
     // Comparisons that mind NaN cost twice as much: they are for channels that have one.
-    if (!(indexed ? reduce<true, false>() : reduce<false, false>())) indexed ? reduce<true, true>() : reduce<false, true>();
+    const bool done = indexed ? reduce<true, false>() : reduce<false, false>();
+    if (!done) indexed ? reduce<true, true>() : reduce<false, true>();
     for (int64_t k = 0; k < pool_.level_count; ++k) {
       const PyramidLevel& level = pool_.levels[k];
       const PoolLevel& bins = geometry_.levels[k];
@@ -197,7 +199,8 @@ class Forward {
   }
 
   template <bool indexed, bool nan>
-  SORA_INLINE void join_maxima(const PyramidLevel& level, const PoolLevel& bins, const State* row, int64_t t, int64_t h) {
+  SORA_INLINE void join_maxima(const PyramidLevel& level, const PoolLevel& bins, const State* row, int64_t t,
+                               int64_t h) {
     const PoolAxis &T = bins.t, &H = bins.h, &W = bins.w;
     const int64_t a0 = T.first[t], a1 = T.last[t], b0 = H.first[h], b1 = H.last[h], step = rows_.step();
     const bool alone = a1 - a0 == 1 && b1 - b0 == 1 && T.from[a0] == t && H.from[b0] == h;

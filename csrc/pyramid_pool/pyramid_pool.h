@@ -1,9 +1,9 @@
 // Pyramid pooling: maxima and means of x [B, C, T, H, W] over several grids of bins, from one read of x, and the
 // gradient in x.
 //
-// Bin i of o over n elements is [floor(i n / o), ceil((i + 1) n / o)): neighbours overlap where o does not divide n, and
-// o may exceed n. Of equal values the first in the order of t, h, w is the maximum, of NaNs the last. Means are summed
-// in float32 (float64 for float64). Results do not depend on the thread count.
+// Bin i of o over n elements is [floor(i n / o), ceil((i + 1) n / o)): neighbours overlap where o does not divide n,
+// and o may exceed n. Of equal values the first in the order of t, h, w is the maximum, of NaNs the last. Means are
+// summed in float32 (float64 for float64). Results do not depend on the thread count.
 //
 // Forward, a sample and one vector of channels at a time:
 //
@@ -47,9 +47,9 @@ struct PyramidLevel {
 
 struct PyramidPool {
   int64_t B, C, sizes[3];     // T, H, W; T H W < 2^31
-  const int64_t* valid_size;  // [B, 3], or null. Bins lie over the first valid_size[b] elements of each axis, clamped to
-                              // 0 .. n; where every element has a bin those from there on are 0, their indices -1. In an
-                              // empty region all are
+  // [B, 3], or null. Bins lie over the first valid_size[b] elements of each axis, clamped to 0 .. n; where every
+  // element has a bin, those from there on are 0, their indices -1. So are all in an empty region.
+  const int64_t* valid_size;
   const PyramidLevel* levels;
   int64_t level_count;
   int64_t columns;  // bins of all levels

@@ -70,7 +70,7 @@ SORA_INLINE void put_n(Element* p, int64_t n, V v) {
   for (int64_t k = 0; k < n; ++k) p[k] = buffer[k];
 }
 
-// Up to a vector of elements from each of n channels -> that many vectors. Lanes without a channel repeat the last one's.
+// Up to a vector of elements from each of n channels -> that many vectors. Lanes without a channel repeat the last's.
 template <bool whole, class Element, class V>
 SORA_INLINE void load_tile(const Element* source, int64_t channel_stride, int64_t n, int64_t count, V* vectors,
                            NanWatch<V>& watch) {

@@ -287,7 +287,7 @@ import test_pyramid_pool_cpu as tests
 from sora_kernels import _native
 found = _native.module().pyramid_pool_cpu_isa()
 assert found == sys.argv[2], found
-tests.check_random(1000, 1060)
+tests.check_random(1000, 1040)
 """
 
 

@@ -9,34 +9,38 @@
 namespace cases {
 namespace {
 
+using Level = sora::PyramidLevel;
+
 struct Case {
   DType dtype;
   int64_t B, C, sizes[3];
   bool maxima, means, inner, keep;
-  std::vector<sora::PyramidLevel> levels;
+  std::vector<Level> levels;
   std::vector<int64_t> valid;         // [B, 3], or none
   std::vector<int64_t> result_sizes;  // elements of each result
   int64_t columns = 0, strides[5], reach = 1;  // of x: one past its last element
   Values x;                           // [B, C, T, H, W]
 
   int64_t volume() const { return sizes[0] * sizes[1] * sizes[2]; }
-  int64_t all(const sora::PyramidLevel& level, int axis) const {
+  int64_t all(const Level& level, int axis) const {
     return level.bins[axis] ? level.bins[axis] : sizes[axis];
   }
-  int64_t count(const sora::PyramidLevel& level) const { return all(level, 0) * all(level, 1) * all(level, 2); }
+  int64_t count(const Level& level) const { return all(level, 0) * all(level, 1) * all(level, 2); }
   int64_t size(int64_t b, int axis) const {
     return valid.empty() ? sizes[axis] : std::clamp<int64_t>(valid[3 * b + axis], 0, sizes[axis]);
   }
   int64_t tape(int64_t b, int64_t c, int64_t column) const {
     return inner ? (b * columns + column) * C + c : (b * C + c) * columns + column;
   }
-  int64_t dx(int64_t b, int64_t c, int64_t p) const { return inner ? (b * volume() + p) * C + c : (b * C + c) * volume() + p; }
+  int64_t dx(int64_t b, int64_t c, int64_t p) const {
+    return inner ? (b * volume() + p) * C + c : (b * C + c) * volume() + p;
+  }
   int64_t x_offset(int64_t b, int64_t c, int64_t t, int64_t h, int64_t w) const {
     return b * strides[0] + c * strides[1] + t * strides[2] + h * strides[3] + w * strides[4];
   }
 };
 
-bool follows(const sora::PyramidLevel& level, const sora::PyramidLevel& source) {
+bool follows(const Level& level, const Level& source) {
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t o = level.bins[axis], finer = source.bins[axis];
     if (o == 0 || finer == 0 ? o != finer : finer % o != 0) return false;
@@ -44,7 +48,7 @@ bool follows(const sora::PyramidLevel& level, const sora::PyramidLevel& source) 
   return true;
 }
 
-sora::PyramidLevel coarser(sora::PyramidLevel level, Random& random) {
+Level coarser(Level level, Random& random) {
   for (int64_t& o : level.bins) {
     const int64_t finer = o;
     while (o && (o = random.in(1, finer), finer % o != 0)) {
@@ -83,7 +87,7 @@ Case make_case(Random& random, bool large) {
   p.maxima = random.one_in(2), p.means = !p.maxima || random.one_in(2), p.keep = p.maxima && random.one_in(2);
   p.inner = random.one_in(2);
   for (int64_t rest = random.in(1, 4); rest > 0; --rest) {
-    sora::PyramidLevel level{};
+    Level level{};
     for (int64_t& o : level.bins) o = random.one_in(8) ? 0 : random.in(1, 11);
     if (!p.levels.empty() && !random.one_in(3)) level = coarser(p.levels[random.in(0, p.levels.size() - 1)], random);
     level.column = p.columns, level.source = -1;
@@ -179,7 +183,7 @@ std::vector<int32_t> check_forward(Case& p, Random& random, int threads) {
     addresses.push_back(results.back().data());
   }
   std::vector<int32_t> found(p.maxima ? p.B * p.C * p.columns : 0, -7), indices = found;
-  each_bin(p, [&](int64_t b, int64_t c, const sora::PyramidLevel& level, int64_t bin, const std::vector<int64_t>& places) {
+  each_bin(p, [&](int64_t b, int64_t c, const Level& level, int64_t bin, const std::vector<int64_t>& places) {
     const double* const own = p.x.data() + (b * p.C + c) * p.volume();
     int64_t best = places.empty() ? -1 : places[0];
     double sum = 0;
@@ -212,7 +216,7 @@ void check_backward(const Case& p, const std::vector<int32_t>& indices, Random& 
     addresses.push_back(missing ? nullptr : gradients.back().data());
   }
   Values expected(p.B * p.C * p.volume(), 0.0);
-  each_bin(p, [&](int64_t b, int64_t c, const sora::PyramidLevel& level, int64_t bin, const std::vector<int64_t>& places) {
+  each_bin(p, [&](int64_t b, int64_t c, const Level& level, int64_t bin, const std::vector<int64_t>& places) {
     if (p.maxima && addresses[level.maxima.result] && !places.empty())
       expected[p.dx(b, c, indices[p.tape(b, c, level.column + bin)])] +=
           gradients[level.maxima.result].get(element(level.maxima, b, c, bin));
