@@ -109,7 +109,7 @@ def shapes(op: str) -> dict[str, dict[str, Any]]:
 def _triton_rows(op: str, module: Any, arch: str, gated: bool) -> Iterator[tuple[str, Row]]:
     seen: set[bytes] = set()
     with _offline(arch), module.as_on(arch.replace("_", "")):
-        for layer, shape in shapes(op).items():
+        for layer, shape in shapes(getattr(module, "SHAPES", op)).items():
             for launch in module.launches(layer, shape, device="meta", gated=gated):
                 with _launches.record(launch=False) as records:
                     launch.run()

@@ -10,171 +10,13 @@ sum has a fixed order, and no kernel reads what its own launch wrote.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from . import levels
-from .levels import Level
+from . import geometry
+from .geometry import WHOLE
 
-WHOLE = tl.constexpr(levels.WHOLE)
 LAST = tl.constexpr(2**31 - 1)  # a place after every other
-
-
-class Pyramid(NamedTuple):
-    """What a kernel is specialised for: as ``layout.Form``, with the levels' relations worked out.
-
-    Attributes:
-        levels: bins of t, h, w; ``WHOLE`` keeps an axis.
-        source: the level whose children a level's codes number, -1 for one that has indices.
-        root: the level whose results the second launch makes a level from; itself if it is made from x.
-        maxima, means: what there is of every level, in this order.
-        flat, ndhwc, inner: as in ``layout.Form``.
-    """
-
-    levels: tuple[Level, ...]
-    source: tuple[int, ...]
-    root: tuple[int, ...]
-    maxima: bool
-    means: bool
-    flat: bool
-    ndhwc: bool
-    inner: bool
-
-
-class Sizes(NamedTuple):
-    """A sample's sizes and what follows from them, made by each program.
-
-    Attributes:
-        region: how much of T, H and W counts.
-        bins: of every level.
-        before: bins of the levels before it; of its column in its tape, those of the same tape.
-        total, indices, codes: bins of all levels, of those with indices, of those with codes.
-    """
-
-    C: Any
-    T: Any
-    H: Any
-    W: Any
-    region: tuple
-    bins: tuple
-    before: tuple
-    column: tuple
-    total: Any
-    indices: Any
-    codes: Any
-
-
-@triton.jit
-def _sizes(valid_ptr, b, C, T, H, W, P: tl.constexpr):
-    t, h, w = T, H, W
-    if valid_ptr is not None:
-        t = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3), 0), T).to(tl.int32)
-        h = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 1), 0), H).to(tl.int32)
-        w = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 2), 0), W).to(tl.int32)
-    bins, before, column = (), (), ()
-    indices, codes = T * 0, T * 0
-    for k in tl.static_range(len(P.levels)):
-        ot = T if P.levels[k][0] == WHOLE else P.levels[k][0]
-        oh = H if P.levels[k][1] == WHOLE else P.levels[k][1]
-        ow = W if P.levels[k][2] == WHOLE else P.levels[k][2]
-        count = T * 0 + ot * oh * ow
-        bins, before = bins + (count,), before + (indices + codes,)
-        if P.source[k] < 0:
-            column += (indices,)
-            indices += count
-        else:
-            column += (codes,)
-            codes += count
-    return Sizes(C, T, H, W, (t, h, w), bins, before, column, indices + codes, indices, codes)
-
-
-# Bins and elements. Bin i of o over n is [i n // o, ceil((i + 1) n / o)), and element p is in the bins
-# [p o // n, ceil((p + 1) o / n)): the same with o and n changed about. ------------------------------------------------
-
-
-@triton.jit
-def _elements(i, O: tl.constexpr, n):
-    """Of bin i: from, to (excluded). Those of a whole axis that lie beyond its n elements are empty."""
-    if O == WHOLE:
-        return i, tl.minimum(i + 1, n)
-    else:
-        return i * n // O, ((i + 1) * n + O - 1) // O
-
-
-@triton.jit
-def _bins_with(p, O: tl.constexpr, n):
-    """The bins that element p is in: from, to (excluded)."""
-    if O == WHOLE:
-        return p, p + 1
-    else:
-        n = tl.maximum(n, 1)
-        return p * O // n, ((p + 1) * O + n - 1) // n
-
-
-@triton.jit
-def _most_elements(O: tl.constexpr, n):
-    """Of a bin."""
-    if O == WHOLE:
-        return tl.minimum(n, 1)
-    else:
-        rest = n % O
-        return n // O + tl.where(rest > 0, 1, 0) + tl.where(O % tl.maximum(rest, 1) > 0, 1, 0)
-
-
-@triton.jit
-def _most_bins(O: tl.constexpr, n):
-    """That an element is in."""
-    if O == WHOLE:
-        return tl.minimum(n, 1)
-    else:
-        n = tl.maximum(n, 1)
-        rest = O % n
-        return O // n + tl.where(rest > 0, 1, 0) + tl.where(n % tl.maximum(rest, 1) > 0, 1, 0)
-
-
-@triton.jit
-def _coordinates(bins, k: tl.constexpr, s, P: tl.constexpr):
-    """t, h and w of bins numbered in this order."""
-    oh = s.H if P.levels[k][1] == WHOLE else P.levels[k][1]
-    ow = s.W if P.levels[k][2] == WHOLE else P.levels[k][2]
-    return bins // ow // oh, bins // ow % oh, bins % ow
-
-
-@triton.jit
-def _number(t, h, w, k: tl.constexpr, s, P: tl.constexpr):
-    """Of the bin at t, h and w."""
-    oh = s.H if P.levels[k][1] == WHOLE else P.levels[k][1]
-    ow = s.W if P.levels[k][2] == WHOLE else P.levels[k][2]
-    return (t * oh + h) * ow + w
-
-
-# Where numbers lie (layout.py): of sample b's first, and within the sample --------------------------------------------
-
-
-@triton.jit
-def _result_at(b, bins, channels, PART: tl.constexpr, k: tl.constexpr, s, P: tl.constexpr):
-    """Of level k's maxima, or means where PART is the second of two; and of their gradients."""
-    PARTS: tl.constexpr = P.maxima + P.means
-    if P.flat:
-        first = (b * s.total + s.before[k]) * PARTS * s.C
-    else:
-        first = b * s.bins[k] * PARTS * s.C
-    if P.ndhwc and not P.flat:
-        return first, (bins * PARTS + PART) * s.C + channels
-    else:
-        return first, (PART * s.C + channels) * s.bins[k] + bins
-
-
-@triton.jit
-def _tape_at(b, bins, channels, k: tl.constexpr, s, P: tl.constexpr):
-    """Of level k's codes, or of its indices where it has none."""
-    total = s.indices if P.source[k] < 0 else s.codes
-    if P.inner:
-        return b * total * s.C, (s.column[k] + bins) * s.C + channels
-    else:
-        return b * total * s.C, channels * total + s.column[k] + bins
 
 
 @triton.jit
@@ -231,16 +73,16 @@ def _tile(
 
 
 @triton.jit
-def _child(place, parent, O: tl.constexpr, F: tl.constexpr, n):
-    """Which child of bin ``parent`` of O, on one axis, holds an element: the first of those of F bins that do.
+def _child(place, parent, OWN: tl.constexpr, FINER: tl.constexpr, n):
+    """Which child of bin ``parent`` of OWN holds an element, on one axis: the first of those of FINER bins that do.
 
     A bin's winner wins in every part of the bin that it is in, so this is the child whose winner it is.
     """
-    if O == F:
+    if OWN == FINER:
         return place * 0
     else:
-        first = parent * (F // O)
-        return tl.maximum(place * F // tl.maximum(n, 1), first) - first
+        first = parent * (FINER // OWN)
+        return tl.maximum(place * FINER // tl.maximum(n, 1), first) - first
 
 
 @triton.jit
@@ -249,10 +91,10 @@ def _store_winners(
     k: tl.constexpr, s, P: tl.constexpr, TRACK: tl.constexpr,
 ):  # fmt: skip
     """Level k's maxima and where they are: an index, or the number of the source's child that has it."""
-    base, offs = _result_at(b, bins, channels, 0, k, s, P)
+    base, offs = geometry.result_at(b, bins, channels, 0, k, s, P)
     tl.store(result_ptr + base + offs, value, mask=mask)
     if TRACK:
-        base, offs = _tape_at(b, bins, channels, k, s, P)
+        base, offs = geometry.tape_at(b, bins, channels, k, s, P)
         if P.source[k] < 0:
             tl.store(indices_ptr + base + offs, place, mask=mask)
         else:
@@ -260,7 +102,7 @@ def _store_winners(
             FINER: tl.constexpr = P.levels[P.source[k]]
             KH: tl.constexpr = 1 if OWN[1] == WHOLE else FINER[1] // OWN[1]
             KW: tl.constexpr = 1 if OWN[2] == WHOLE else FINER[2] // OWN[2]
-            jt, jh, jw = _coordinates(bins, k, s, P)
+            jt, jh, jw = geometry.coordinates(bins, k, s, P)
             t = _child(place // s.W // s.H, jt, OWN[0], FINER[0], s.region[0])
             h = _child(place // s.W % s.H, jh, OWN[1], FINER[1], s.region[1])
             w = _child(place % s.W, jw, OWN[2], FINER[2], s.region[2])
@@ -284,19 +126,22 @@ def _pool_tile(
         first_channel, first_bin, BLOCK_C, TILES[k][0], LANES_H * LANES_W, P, INDEX
     )
     mask_c, mask_bin = channels < s.C, bins < s.bins[k]
-    jt, jh, jw = _coordinates(bins, k, s, P)
-    start_t, end_t = _elements(jt, LEVEL[0], s.region[0])
-    start_h, end_h = _elements(jh, LEVEL[1], s.region[1])
-    start_w, end_w = _elements(jw, LEVEL[2], s.region[2])
+    jt, jh, jw = geometry.coordinates(bins, k, s, P)
+    start_t, end_t = geometry.elements(jt, LEVEL[0], s.region[0])
+    start_h, end_h = geometry.elements(jh, LEVEL[1], s.region[1])
+    start_w, end_w = geometry.elements(jw, LEVEL[2], s.region[2])
     end_t = tl.where(mask_bin, end_t, 0)
     empty = (end_t <= start_t) | (end_h <= start_h) | (end_w <= start_w)
-    most_h, most_w = _most_elements(LEVEL[1], s.region[1]), _most_elements(LEVEL[2], s.region[2])
+    most_h, most_w = (
+        geometry.most_elements(LEVEL[1], s.region[1]),
+        geometry.most_elements(LEVEL[2], s.region[2]),
+    )
 
     zero = (channels + bins + lane).to(ACC) * 0
     best, total = zero + float("-inf"), zero
     # All lanes begin at the bin's first element: it is the winner where every element is -inf.
     place = ((start_t * s.H + start_h) * s.W + start_w + zero.to(INDEX)).to(tl.int32)
-    for step_t in range(0, _most_elements(LEVEL[0], s.region[0])):
+    for step_t in range(0, geometry.most_elements(LEVEL[0], s.region[0])):
         t = start_t + step_t
         for step_h in range(0, most_h, LANES_H):
             h = start_h + step_h + lane // LANES_W
@@ -325,7 +170,7 @@ def _pool_tile(
         )  # fmt: skip
     if P.means:
         count = (end_t - start_t) * (end_h - start_h) * (end_w - start_w)
-        base, offs = _result_at(b, bins, channels, P.maxima + 0, k, s, P)
+        base, offs = geometry.result_at(b, bins, channels, P.maxima + 0, k, s, P)
         mean = tl.sum(total, AXIS, keep_dims=True) / tl.where(empty, 1, count).to(ACC)
         tl.store(result_ptr + base + offs, mean, mask=mask)
 
@@ -345,7 +190,7 @@ def _pyramid_pool_fwd_kernel(
 ):  # fmt: skip
     """The levels that are their own root, from x. Where channels are inner, the other strides count in UNITs."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    s = _sizes(valid_ptr, b, C, T, H, W, P)
+    s = geometry.sizes(valid_ptr, b, C, T, H, W, P)
     if P.inner:
         stride_t, stride_h, stride_w = stride_t * UNIT, stride_h * UNIT, stride_w * UNIT
     x_ptr += b * stride_b * UNIT
@@ -379,19 +224,19 @@ def _nested_tile(
     AXIS: tl.constexpr = 1 if P.inner else 2  # of the lanes
     channels, bins, lane = _tile(first_channel, first_bin, BLOCK_C, TILES[k][0], LANES, P, INDEX)
     mask = (channels < s.C) & (bins < s.bins[k])
-    jt, jh, jw = _coordinates(bins, k, s, P)
+    jt, jh, jw = geometry.coordinates(bins, k, s, P)
 
     zero = (channels + bins + lane).to(ACC) * 0
     best, place = zero + float("-inf"), zero.to(tl.int32) + LAST
     for first in range(0, KT * KH * KW, LANES):
         child = first + lane
         t, h, w = child // (KH * KW), child // KW % KH, child % KW
-        finer = _number(jt * KT + t, jh * KH + h, jw * KW + w, P.root[k], s, P)
+        finer = geometry.number(jt * KT + t, jh * KH + h, jw * KW + w, P.root[k], s, P)
         mask_finer = mask & (child < KT * KH * KW)
-        base, offs = _result_at(b, finer, channels, 0, P.root[k], s, P)
+        base, offs = geometry.result_at(b, finer, channels, 0, P.root[k], s, P)
         v = tl.load(root_ptr + base + offs, mask=mask_finer, other=float("-inf")).to(ACC)
         if TRACK:
-            base, offs = _tape_at(b, finer, channels, P.root[k], s, P)
+            base, offs = geometry.tape_at(b, finer, channels, P.root[k], s, P)
             p = tl.load(indices_ptr + base + offs, mask=mask_finer, other=LAST)
             best, place = _winner(best, place, v, p)
         else:
@@ -413,7 +258,7 @@ def _pyramid_pool_nested_kernel(
 ):  # fmt: skip
     """The other levels' maxima, from what an earlier launch made of their roots."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    s = _sizes(valid_ptr, b, C, T, H, W, P)
+    s = geometry.sizes(valid_ptr, b, C, T, H, W, P)
     for k in tl.static_range(len(P.levels)):
         if P.root[k] != k:
             tiles = tl.cdiv(s.bins[k], TILES[k][0])
@@ -434,7 +279,7 @@ def _load_grad(
     grad_ptrs, b, bins, channels, mask, PART: tl.constexpr, k: tl.constexpr, s, P: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    base, offs = _result_at(b, bins, channels, PART, k, s, P)
+    base, offs = geometry.result_at(b, bins, channels, PART, k, s, P)
     at = grad_ptrs[0 if P.flat else k] + base + offs
     return tl.load(at, mask=mask, other=0.0).to(ACC)
 
@@ -449,7 +294,7 @@ def _grad_of_winner(
     """
     grad = (jt + channels).to(ACC) * 0
     if GIVEN[k]:
-        bins = _number(jt, jh, jw, k, s, P)
+        bins = geometry.number(jt, jh, jw, k, s, P)
         grad += _load_grad(grad_ptrs, b, bins, channels, mask, 0, k, s, P, ACC)
     for parent in tl.static_range(len(P.levels)):
         if P.source[parent] == k and WANTED[parent]:
@@ -485,7 +330,7 @@ def _grad_of_parent(
     KW: tl.constexpr = 1 if OWN[2] == WHOLE else FINER[2] // OWN[2]
     child = (jt % KT * KH + jh % KH) * KW + jw % KW
     jt, jh, jw = jt // KT, jh // KH, jw // KW
-    base, offs = _tape_at(b, _number(jt, jh, jw, k, s, P), channels, k, s, P)
+    base, offs = geometry.tape_at(b, geometry.number(jt, jh, jw, k, s, P), channels, k, s, P)
     code = tl.load(codes_ptr + base + offs, mask=mask, other=0).to(tl.int32)
     return _grad_of_winner(
         grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask & (code == child), k, s, P,
@@ -507,7 +352,7 @@ def _pyramid_pool_push_kernel(
     GIVEN: the levels with a gradient; WANTED: those that one comes through.
     """
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    s = _sizes(None, b, C, T, H, W, P)
+    s = geometry.sizes(None, b, C, T, H, W, P)
     for k in tl.static_range(len(P.levels)):
         if P.source[k] < 0 and WANTED[k]:
             tiles = tl.cdiv(s.bins[k], TILES[k][0])
@@ -517,11 +362,11 @@ def _pyramid_pool_push_kernel(
                     first_channel, first_bin, BLOCK_C, TILES[k][0], 1, P, INDEX
                 )
                 mask = (channels < C) & (bins < s.bins[k])
-                jt, jh, jw = _coordinates(bins, k, s, P)
+                jt, jh, jw = geometry.coordinates(bins, k, s, P)
                 grad = _grad_of_winner(
                     grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, k, s, P, GIVEN, WANTED, ACC
                 )
-                base, offs = _tape_at(b, bins, channels, k, s, P)
+                base, offs = geometry.tape_at(b, bins, channels, k, s, P)
                 tl.store(pushed_ptr + base + offs, grad, mask=mask)
             turn = (turn + programs - tiles % programs) % programs
 
@@ -533,22 +378,25 @@ def _gather(
 ):  # fmt: skip
     """dx with what comes from the bins of level k: from those whose winner a place is, and from means."""
     LEVEL: tl.constexpr = P.levels[k]
-    from_t, to_t = _bins_with(places // s.W // s.H, LEVEL[0], s.region[0])
-    from_h, to_h = _bins_with(places // s.W % s.H, LEVEL[1], s.region[1])
-    from_w, to_w = _bins_with(places % s.W, LEVEL[2], s.region[2])
-    most_h, most_w = _most_bins(LEVEL[1], s.region[1]), _most_bins(LEVEL[2], s.region[2])
-    for step_t in range(0, _most_bins(LEVEL[0], s.region[0])):
+    from_t, to_t = geometry.bins_with(places // s.W // s.H, LEVEL[0], s.region[0])
+    from_h, to_h = geometry.bins_with(places // s.W % s.H, LEVEL[1], s.region[1])
+    from_w, to_w = geometry.bins_with(places % s.W, LEVEL[2], s.region[2])
+    most_h, most_w = (
+        geometry.most_bins(LEVEL[1], s.region[1]),
+        geometry.most_bins(LEVEL[2], s.region[2]),
+    )
+    for step_t in range(0, geometry.most_bins(LEVEL[0], s.region[0])):
         jt = from_t + step_t
         for step_h in range(0, most_h):
             jh = from_h + step_h
             inside_row = inside & (jt < to_t) & (jh < to_h)
             for step_w in range(0, most_w):
                 jw = from_w + step_w
-                bins = _number(jt, jh, jw, k, s, P)
+                bins = geometry.number(jt, jh, jw, k, s, P)
                 mask_bin = inside_row & (jw < to_w)
                 mask = mask_bin & mask_c
                 if WINNERS:
-                    base, offs = _tape_at(b, bins, channels, k, s, P)
+                    base, offs = geometry.tape_at(b, bins, channels, k, s, P)
                     winner = tl.load(indices_ptr + base + offs, mask=mask, other=-1)
                     won = mask & (winner == places)
                     if pushed_ptr is None:
@@ -556,9 +404,9 @@ def _gather(
                     else:
                         dx += tl.load(pushed_ptr + base + offs, mask=won, other=0.0)
                 if MEANS:
-                    start_t, end_t = _elements(jt, LEVEL[0], s.region[0])
-                    start_h, end_h = _elements(jh, LEVEL[1], s.region[1])
-                    start_w, end_w = _elements(jw, LEVEL[2], s.region[2])
+                    start_t, end_t = geometry.elements(jt, LEVEL[0], s.region[0])
+                    start_h, end_h = geometry.elements(jh, LEVEL[1], s.region[1])
+                    start_w, end_w = geometry.elements(jw, LEVEL[2], s.region[2])
                     count = (end_t - start_t) * (end_h - start_h) * (end_w - start_w)
                     share = 1.0 / tl.where(mask_bin, count, 1).to(ACC)
                     grad = _load_grad(
@@ -581,7 +429,7 @@ def _pyramid_pool_bwd_kernel(
 ):  # fmt: skip
     """dx of a block of places, from the levels that have WINNERS, MEANS or both."""
     turn, first_channel, b = _share(programs, C, BLOCK_C)
-    s = _sizes(valid_ptr, b, C, T, H, W, P)
+    s = geometry.sizes(valid_ptr, b, C, T, H, W, P)
     places = turn.to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
     channels = first_channel + tl.arange(0, BLOCK_C).to(INDEX)
     if P.inner:
