@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
+
+from torch.compiler import is_dynamo_compiling
 
 Given: TypeAlias = int | tuple[int | None, int | None, int | None]
 Level: TypeAlias = tuple[int, int, int]  # bins of t, h, w
@@ -13,11 +16,23 @@ WHOLE = 0  # as a number of bins: one for every element of the axis
 
 def parse(levels: Sequence[Given], output: str) -> tuple[Level, ...]:
     """The public argument; whole axes become ``WHOLE``."""
+    if is_dynamo_compiling():
+        return _parse(levels, output)
+    try:
+        return _known(levels, output)
+    except TypeError:  # a list has no hash
+        return _parse(levels, output)
+
+
+def _parse(levels: Sequence[Given], output: str) -> tuple[Level, ...]:
     if isinstance(levels, (int, str)) or not isinstance(levels, Sequence) or not levels:
         raise ValueError(
             f"pyramid_pool3d: levels must be a non-empty sequence of ints or (t, h, w), got {levels!r}"
         )
     return tuple(_level(level, output) for level in levels)
+
+
+_known = functools.lru_cache(maxsize=256)(_parse)
 
 
 def _level(given: Given, output: str) -> Level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..common.gradient import Pair, Tensors, differentiable
-from ..common.schema import differentiate, register
+from ..common.gradient import Pair, Tensors, differentiable, transformed
+from ..common.schema import differentiate, goes_straight, register
 from . import layout, reference, tapes
 from .backends import OPERATOR, Facts, facts_of
 from .layout import Form
@@ -30,15 +31,19 @@ _BACKWARD = (
 )
 
 
-def form_of(
-    levels: Sequence[int], mode: str, flat: bool, ndhwc: bool, inner: bool, codes: bool
-) -> Form:
-    triples: Any = tuple(tuple(levels[k : k + 3]) for k in range(0, len(levels), 3))
-    return Form(triples, mode, flat, ndhwc, inner, codes)
+@functools.lru_cache(maxsize=256)
+def _form_of(levels: tuple[int, ...], *fields: Any) -> Form:
+    triples: Any = tuple(levels[k : k + 3] for k in range(0, len(levels), 3))
+    return Form(triples, *fields)
+
+
+def form_of(levels: Sequence[int], *fields: Any) -> Form:
+    """From the op's arguments."""
+    return _form_of(tuple(levels), *fields)
 
 
 def _flattened(form: Form) -> tuple[Any, ...]:
-    """Of a form: the op's arguments."""
+    """The op's arguments."""
     levels, *others = form
     return [o for level in levels for o in level], *others
 
@@ -49,7 +54,10 @@ def channels_first(x: Tensor, form: Form) -> Tensor:
 
 def _forward_impl(keep: bool, x: Tensor, valid_size: Tensor | None, *arguments: Any) -> Any:
     *fields, backend = arguments
-    form = form_of(*fields)
+    return _run(keep, x, valid_size, form_of(*fields), backend)
+
+
+def _run(keep: bool, x: Tensor, valid_size: Tensor | None, form: Form, backend: str) -> Any:
     x = channels_first(x, form)
     if x.numel() == 0:
         results = _empty_results(x, form)
@@ -175,7 +183,13 @@ _call = differentiable(
 
 
 def _call_form(x: Tensor, valid_size: Tensor | None, form: Form, backend: str) -> list[Tensor]:
-    shape = None if is_dynamo_compiling() else tuple(channels_first(x, form).shape)
+    shape = None
+    if not is_dynamo_compiling():
+        # Inference needs nothing of the dispatcher, nor of autograd.
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            if goes_straight(x, valid_size) and not transformed((x,)):
+                return _run(False, x, valid_size, form, backend)
+        shape = tuple(channels_first(x, form).shape)
     return list(_call((x, valid_size), (form, shape, x.dtype, x.device), backend))  # type: ignore[arg-type]
 
 
