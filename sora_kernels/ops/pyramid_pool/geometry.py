@@ -64,22 +64,20 @@ def sizes(valid_ptr, b, C, T, H, W, P: tl.constexpr):
         t = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3), 0), T).to(tl.int32)
         h = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 1), 0), H).to(tl.int32)
         w = tl.minimum(tl.maximum(tl.load(valid_ptr + b * 3 + 2), 0), W).to(tl.int32)
-    bins: tuple = ()
-    before: tuple = ()
-    column: tuple = ()
+    bins, before, column = (), (), ()
     indices, codes = T * 0, T * 0
     for k in tl.static_range(len(P.levels)):
         ot = T if P.levels[k][0] == WHOLE else P.levels[k][0]
         oh = H if P.levels[k][1] == WHOLE else P.levels[k][1]
         ow = W if P.levels[k][2] == WHOLE else P.levels[k][2]
         count = T * 0 + ot * oh * ow
-        bins += (count,)
-        before += (indices + codes,)
+        bins += (count,)  # type: ignore[assignment]
+        before += (indices + codes,)  # type: ignore[assignment]
         if P.source[k] < 0:
-            column += (indices,)
+            column += (indices,)  # type: ignore[assignment]
             indices += count
         else:
-            column += (codes,)
+            column += (codes,)  # type: ignore[assignment]
             codes += count
     return Sizes(C, T, H, W, (t, h, w), bins, before, column, indices + codes, indices, codes)
 
