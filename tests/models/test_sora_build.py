@@ -151,7 +151,7 @@ def test_a_missing_layer_is_named_without_building(monkeypatch):
         sora_models.build("crnn", "sora")
 
 
-@pytest.mark.parametrize("asked", ["", pytest.param("triton", marks=pytest.mark.triton), "torch"])
+@pytest.mark.parametrize("asked", ["", "torch"])
 @pytest.mark.parametrize(
     "name, config",
     [
