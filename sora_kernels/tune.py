@@ -28,7 +28,7 @@ Config = dict[str, int]
 Rows = dict[str, list[dict[str, Any]]]
 
 MARGIN = 0.03  # do_bench medians of one kernel repeat to about 1 %
-MATCHED = ("layout", "itemsize")  # the rest of a key is compared by distance
+MATCHED = ("layout", "itemsize", "mode")  # the rest of a key is compared by distance
 
 
 class TuneError(RuntimeError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -24,7 +26,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime import interpreter  # noqa: E402
 
-from sora_kernels.ops.pyramid_pool import launches, plans  # noqa: E402
+from sora_kernels.ops.pyramid_pool import geometry, kernels, launches, plans  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -34,9 +36,29 @@ LEVELS: dict[str, Any] = {
     "more bins than elements": (3, (1, 9, 2), (2, 18, 4)),
     "whole axes": ((None, 1, 1), (None, 2, 2), (2, None, 4), (1, None, 2)),
 }
+OURS = (geometry.__name__, kernels.__name__)
 SHAPE = (2, 3, 3, 4, 5)
 VALID = torch.tensor([[2, 4, 3], [0, 9, 1]])
-SMALL = {"TILE": 16, "BLOCK_C": 2, "num_warps": 4}  # several tiles a level, several lanes a bin
+SMALL = {"TILE": 32, "BLOCK_C": 2, "num_warps": 4}  # several tiles a level, several lanes a bin
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(request, monkeypatch) -> None:
+    """A third of the time: no check of each integer operation for overflow, which one test keeps, and Triton's names
+    patched once a launch, not once a helper's call.
+    """
+    if "overflow" not in request.node.name:
+        options = dataclasses.replace(
+            interpreter.interpreter_builder.options, sanitize_overflow=False
+        )
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    call = interpreter.InterpretedFunction.__call__
+
+    def quick(self, *args, **kwargs):
+        fn = self.rewrite() if self.fn.__module__ in OURS else functools.partial(call, self)
+        return fn(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick)
 
 
 @pytest.fixture(params=["one launch", "two launches"])
@@ -92,8 +114,9 @@ def assert_equal(x: Tensor, form: Form, valid: Tensor | None = None) -> None:
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)), number
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["NCDHW", "NDHWC"])
-@pytest.mark.parametrize("valid", [None, VALID], ids=["all", "regions"])
+@pytest.mark.parametrize(
+    ("inner", "valid"), [(False, VALID), (True, None)], ids=["NCDHW, regions", "NDHWC"]
+)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_maxima_places_and_gradients(launched, levels, valid, inner):
     """Bitwise: every sum of these values is exact."""
@@ -103,6 +126,12 @@ def test_maxima_places_and_gradients(launched, levels, valid, inner):
 @pytest.mark.parametrize("inner", [False, True], ids=["NCDHW", "NDHWC"])
 def test_tiles_do_not_show(launched, small_tiles, inner):
     assert_equal(few_values(SHAPE), form_of(LEVELS["nested"], "max", inner=inner))
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["NCDHW", "NDHWC"])
+def test_no_overflow(launched, inner):
+    """As the test above, with every integer operation checked."""
+    assert_equal(few_values(SHAPE), form_of(LEVELS["overlapping"], "max", inner=inner), VALID)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg", "maxavg"])
@@ -144,9 +173,9 @@ def test_means(levels, mode):
     "values", [(float("nan"), 1.0), (float("-inf"), float("nan"), 2.0), (0.0,)]
 )
 def test_ties_nan_and_infinity(launched, small_tiles, values):
-    x = torch.tensor(values)[torch.randint(0, len(values), SHAPE)]
+    x = torch.tensor(values)[torch.randint(0, len(values), (1, 4, 2, 4, 5))]
     x[0, 0] = float("-inf")
-    assert_equal(x, form_of(LEVELS["nested"], "max"))
+    assert_equal(x, form_of((1, 2, (2, 4, 2)), "max"))
 
 
 def test_what_lies_beyond_the_region_does_not_matter(launched):
@@ -233,15 +262,14 @@ def test_launches(launched, mode, codes):
 
 @pytest.mark.parametrize("inner", [False, True], ids=["NCDHW", "NDHWC"])
 def test_every_element_is_written_in_any_program_order(launched, small_tiles, inner):
-    form = form_of(LEVELS["nested"], "maxavg" if launched == "one launch" else "max", inner=inner)
-    x = torch.randn(1, 3, 2, 5, 5)
+    form = form_of((1, 2, (2, 4, 2)), "maxavg" if launched == "one launch" else "max", inner=inner)
+    x = torch.randn(1, 3, 2, 3, 5)
     first = run(launches, x, form, None)
-    for seed in range(2):
-        with poisoned(), shuffled_programs(seed):
-            again = run(launches, x, form, None)
-        for a, b in zip(first, again, strict=True):
-            assert not torch.isnan(b).any(), "an element was not written"
-            assert torch.equal(a, b), "not bitwise repeatable"
+    with poisoned(), shuffled_programs(0):
+        again = run(launches, x, form, None)
+    for a, b in zip(first, again, strict=True):
+        assert not torch.isnan(b).any(), "an element was not written"
+        assert torch.equal(a, b), "not bitwise repeatable"
 
 
 @pytest.mark.parametrize("levels", LEVELS)

@@ -60,29 +60,23 @@ def plan_forward(
     common = {"TRACK": keep, "ACC": _accumulator(dtype), "INDEX": tl.int64 if wide else tl.int32}
     pyramid = _pyramid(form, roots)
 
-    config, block_c, places = _config(FORWARD, arch, form, C, dtype)
+    config, places = _config(FORWARD, arch, form, C, dtype)
     tiles = _tiles(levels, places)
     walked = tuple(root == k for k, root in enumerate(roots))
-    grid, programs = _grid(form, shape, tiles, walked, block_c)
+    grid, programs = _grid(form, shape, tiles, walked, config["BLOCK_C"])
     unit, steps = _strides(form, shape, strides)
-    first = Step(
-        grid,
-        (programs, C, *sizes, *steps),
-        {
-            "P": pyramid, "TILES": tiles, "BLOCK_C": block_c, "UNIT": unit,
-            "num_warps": config["num_warps"], **common,
-        },
-    )  # fmt: skip
+    constants = {"P": pyramid, "TILES": tiles, "UNIT": unit, **config, **common}
+    first = Step(grid, (programs, C, *sizes, *steps), constants)
     if not two:
         return (first,)
 
-    config, block_c, places = _config(NESTED, arch, form, C, dtype)
+    config, places = _config(NESTED, arch, form, C, dtype)
     tiles = tuple(
         _nested_tile(level, levels[root], places) for level, root in zip(levels, roots, strict=True)
     )
-    grid, programs = _grid(form, shape, tiles, tuple(not w for w in walked), block_c)
-    constants = {"P": pyramid, "TILES": tiles, "BLOCK_C": block_c, **common}
-    constants["num_warps"] = config["num_warps"]
+    made = tuple(not w for w in walked)
+    grid, programs = _grid(form, shape, tiles, made, config["BLOCK_C"])
+    constants = {"P": pyramid, "TILES": tiles, **config, **common}
     return first, Step(grid, (programs, C, *sizes), constants)
 
 
@@ -107,26 +101,24 @@ def plan_backward(
 
     push = None
     if form.has_max and any(s >= 0 and g for s, g in zip(pyramid.source, given, strict=True)):
-        config, block_c, places = _config(PUSH, arch, form, C, dtype)
+        config, places = _config(PUSH, arch, form, C, dtype)
         tiles = tuple(
             (min(places, triton.next_power_of_2(math.prod(o or places for o in level))), 1, 1)
             for level in form.levels
         )
-        grid, programs = _grid(form, shape, tiles, winners, block_c, math.inf)
-        constants = {
-            "P": pyramid, "TILES": tiles, "GIVEN": given, "WANTED": tuple(wanted),
-            "BLOCK_C": block_c, "num_warps": config["num_warps"], **common,
-        }  # fmt: skip
+        grid, programs = _grid(form, shape, tiles, winners, config["BLOCK_C"], math.inf)
+        constants: dict[str, Any] = {"P": pyramid, "TILES": tiles}
+        constants |= {"GIVEN": given, "WANTED": tuple(wanted)}
+        constants |= config | common
         push = Step(grid, (programs, C, *sizes), constants)
 
-    config, block_c, places = _config(GATHER, arch, form, C, dtype)
+    config, places = _config(GATHER, arch, form, C, dtype)
     volume = math.prod(sizes)
     programs = triton.cdiv(volume, places)
-    constants = {
-        "P": pyramid, "WINNERS": winners, "MEANS": tuple(form.has_avg and g for g in given),
-        "BLOCK_P": places, "BLOCK_C": block_c, "num_warps": config["num_warps"], **common,
-    }  # fmt: skip
-    grid = (programs * triton.cdiv(C, block_c) * B,)
+    means = tuple(form.has_avg and g for g in given)
+    constants = {"P": pyramid, "WINNERS": winners, "MEANS": means, "BLOCK_P": places}
+    constants |= config | common
+    grid = (programs * triton.cdiv(C, config["BLOCK_C"]) * B,)
     return push, Step(grid, (programs, C, *sizes, volume), constants)
 
 
@@ -151,16 +143,17 @@ def _roots(levels: Sequence[Level]) -> tuple[int, ...]:
 
 def _config(
     kernel: str, arch: str, form: Form, channels: int, dtype: torch.dtype
-) -> tuple[dict[str, int], int, int]:
-    """The shipped config; of a tile the channels, and the places a channel."""
+) -> tuple[dict[str, int], int]:
+    """Of the shipped config: its constants, with a tile's channels, and the places a channel."""
     key = (
         ("channels", channels),
         ("itemsize", dtype.itemsize),
         ("layout", "inner" if form.inner else "outer"),
+        ("mode", form.mode),
     )
-    config = _tuning.config(OP, kernel, arch, key)
-    block_c = min(config["BLOCK_C"], triton.next_power_of_2(channels))
-    return config, block_c, config["TILE"] // block_c
+    constants = dict(_tuning.config(OP, kernel, arch, key))
+    constants["BLOCK_C"] = min(constants["BLOCK_C"], triton.next_power_of_2(channels))
+    return constants, constants.pop("TILE") // constants["BLOCK_C"]
 
 
 def _tiles(levels: Sequence[Level], places: int) -> tuple[Tile, ...]:
