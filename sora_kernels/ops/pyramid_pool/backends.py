@@ -128,7 +128,10 @@ OPERATOR = Operator(
     "pyramid_pool3d",
     [
         Backend(
-            "triton", _triton_can_run, _launches, config=lambda facts: _launches.describe(facts),
+            "triton",
+            _triton_can_run,
+            _launches,
+            config=lambda facts: _launches.describe(facts),
             floor_bytes=_floor_bytes,
         ),
         Backend("native", _native_can_run, Lazy(".native"), floor_bytes=_floor_bytes),
