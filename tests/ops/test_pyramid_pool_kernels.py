@@ -410,6 +410,20 @@ def test_a_sweep_of_sizes_takes_few_compilations(inner):
     assert found == {plans.FORWARD: 2, plans.NESTED: 1, plans.PUSH: 1, plans.GATHER: 2}
 
 
+def test_every_tuned_kernel_is_launched_in_every_layout():
+    """What the shipped file has rows for is what ``launches`` says it looks up."""
+    shape = {"batch": 8, "input": [512, 8, 14, 14], "levels": [1, 2, 4, 8]}
+    found = {
+        (kernel, launch.key["layout"])
+        for launch in launches.launches("layer", shape, device="meta")
+        for kernel in launch.kernels
+    }
+    shipped = _tuning.rows(plans.OP, "default")
+    assert found == {
+        (kernel, row["match"]["layout"]) for kernel, rows in shipped.items() for row in rows
+    }
+
+
 def test_launchers_look_again_before_taking_pointers():
     x, form = few_values(SHAPE), form_of(LEVELS["nested"], "max")
     with pytest.raises(ValueError, match=r"x: expected \[B, C, T, H, W\]"):

@@ -132,12 +132,10 @@ def _pool_tile(
     start_w, end_w = geometry.elements(jw, LEVEL[2], s.region[2])
     end_t = tl.where(mask_bin, end_t, 0)
     empty = (end_t <= start_t) | (end_h <= start_h) | (end_w <= start_w)
-    most_h, most_w = (
-        geometry.most_elements(LEVEL[1], s.region[1]),
-        geometry.most_elements(LEVEL[2], s.region[2]),
-    )
+    most_h = geometry.most_elements(LEVEL[1], s.region[1])
+    most_w = geometry.most_elements(LEVEL[2], s.region[2])
 
-    zero = (channels + bins + lane).to(ACC) * 0
+    zero = ((channels + bins + lane) * 0).to(ACC)
     best, total = zero + float("-inf"), zero
     # All lanes begin at the bin's first element: it is the winner where every element is -inf.
     place = ((start_t * s.H + start_h) * s.W + start_w + zero.to(INDEX)).to(tl.int32)
@@ -203,9 +201,8 @@ def _pyramid_pool_fwd_kernel(
                     tile * TILES[k][0], stride_c, stride_t, stride_h, stride_w,
                     k, s, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
                 )  # fmt: skip
-            turn = (
-                turn + programs - tiles % programs
-            ) % programs  # the next level's first tile is the next one's
+            # The next level's first tile is for the program after this level's last.
+            turn = (turn + programs - tiles % programs) % programs
 
 
 @triton.jit
@@ -226,7 +223,7 @@ def _nested_tile(
     mask = (channels < s.C) & (bins < s.bins[k])
     jt, jh, jw = geometry.coordinates(bins, k, s, P)
 
-    zero = (channels + bins + lane).to(ACC) * 0
+    zero = ((channels + bins + lane) * 0).to(ACC)
     best, place = zero + float("-inf"), zero.to(tl.int32) + LAST
     for first in range(0, KT * KH * KW, LANES):
         child = first + lane
@@ -292,28 +289,16 @@ def _grad_of_winner(
     """What reaches the winner of bin (jt, jh, jw) of level k: the bin's own gradient, and that of the coarser bins
     whose codes point to this one.
     """
-    grad = (jt + channels).to(ACC) * 0
+    grad = ((jt + channels) * 0).to(ACC)
     if GIVEN[k]:
         bins = geometry.number(jt, jh, jw, k, s, P)
         grad += _load_grad(grad_ptrs, b, bins, channels, mask, 0, k, s, P, ACC)
     for parent in tl.static_range(len(P.levels)):
         if P.source[parent] == k and WANTED[parent]:
             grad += _grad_of_parent(
-                grad_ptrs,
-                codes_ptr,
-                b,
-                jt,
-                jh,
-                jw,
-                channels,
-                mask,
-                parent,
-                s,
-                P,
-                GIVEN,
-                WANTED,
-                ACC,
-            )
+                grad_ptrs, codes_ptr, b, jt, jh, jw, channels, mask, parent, s, P,
+                GIVEN, WANTED, ACC,
+            )  # fmt: skip
     return grad
 
 
@@ -381,10 +366,8 @@ def _gather(
     from_t, to_t = geometry.bins_with(places // s.W // s.H, LEVEL[0], s.region[0])
     from_h, to_h = geometry.bins_with(places // s.W % s.H, LEVEL[1], s.region[1])
     from_w, to_w = geometry.bins_with(places % s.W, LEVEL[2], s.region[2])
-    most_h, most_w = (
-        geometry.most_bins(LEVEL[1], s.region[1]),
-        geometry.most_bins(LEVEL[2], s.region[2]),
-    )
+    most_h = geometry.most_bins(LEVEL[1], s.region[1])
+    most_w = geometry.most_bins(LEVEL[2], s.region[2])
     for step_t in range(0, geometry.most_bins(LEVEL[0], s.region[0])):
         jt = from_t + step_t
         for step_h in range(0, most_h):
@@ -441,7 +424,7 @@ def _pyramid_pool_bwd_kernel(
     mask_c, mask_p = channels < C, places < volume
     t, h, w = places // W // H, places // W % H, places % W
     inside = mask_p & (t < s.region[0]) & (h < s.region[1]) & (w < s.region[2])
-    dx = offs.to(ACC) * 0
+    dx = (offs * 0).to(ACC)
     for k in tl.static_range(len(P.levels)):
         if WINNERS[k] or MEANS[k]:
             dx = _gather(
