@@ -14,6 +14,7 @@ import sora_kernels as sk
 from sora_kernels.ops.lstm import backends, native
 from sora_kernels.ops.lstm.backends import int8_pays
 from sora_kernels.ops.lstm.int8 import MAX_BATCH
+from sora_kernels.testing import assert_close
 
 pytestmark = pytest.mark.native
 
@@ -85,7 +86,7 @@ def test_is_the_module_with_rounded_weights(make, options, used):
     with torch.no_grad():
         for given in ({}, {"lengths": torch.tensor([4, 6, 1])}):
             for a, b in zip(outputs(module(x, **given)), outputs(plain(x, **given)), strict=True):
-                assert torch.allclose(a, b, rtol=0, atol=1e-5)
+                assert_close(a, b, "composition_fp32")
     layers = options.get("num_layers", 1)
     assert used == ([True] * layers + [False] * layers) * 2
 
@@ -94,7 +95,7 @@ def test_packed(make):
     module = make(4, 20, int8=True)
     packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor([5, 3, 1]))
     with torch.no_grad():
-        assert torch.allclose(module(packed)[0].data, rounded(module)(packed)[0].data, atol=1e-5)
+        assert_close(module(packed)[0].data, rounded(module)(packed)[0].data, "composition_fp32")
 
 
 @pytest.mark.parametrize("H", (64, 256))
@@ -142,14 +143,14 @@ def test_weights_that_change_are_seen(make):
         module.weight_hh_l0.mul_(-1)
         changed = module(x)[0]
         assert not torch.equal(before, changed)
-        assert torch.allclose(changed, rounded(module)(x)[0], atol=1e-5)
+        assert_close(changed, rounded(module)(x)[0], "composition_fp32")
         module.weight_hh_l0 = torch.nn.Parameter(torch.zeros_like(module.weight_hh_l0))
         zero = module(x)[0]
         module.int8 = False
-        assert torch.allclose(zero, module(x)[0], rtol=0, atol=1e-6)
+        assert_close(zero, module(x)[0], "composition_fp32")
         module.int8 = True
         module.load_state_dict(make(4, 6).state_dict())
-        assert torch.allclose(module(x)[0], rounded(module)(x)[0], atol=1e-5)
+        assert_close(module(x)[0], rounded(module)(x)[0], "composition_fp32")
 
 
 def test_another_weight_at_the_same_address_is_another_weight(make):
@@ -162,7 +163,7 @@ def test_another_weight_at_the_same_address_is_another_weight(make):
             ours = torch.func.functional_call(module, fresh, (x,))[0]
             stock.weight_hh_l0.copy_(rounded_rows(fresh["weight_hh_l0"]))
             del fresh
-            assert torch.allclose(ours, stock(x)[0], rtol=0, atol=1e-5)
+            assert_close(ours, stock(x)[0], "composition_fp32")
 
 
 def test_inference_tensors_default_devices_and_fake_tensors(make):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 import sora_kernels as sk
+from sora_kernels.ops.common import triton_backend
 from sora_kernels.ops.conv3d_bn_act import op, reference
 from sora_kernels.testing import (
     assert_close,
@@ -504,12 +505,12 @@ def test_backend_choice(monkeypatch):
 
 def test_a_named_backend_runs_or_says_why(monkeypatch):
     inputs, running, _ = make()
-    monkeypatch.setattr(op, "_triton_installed", lambda: False)
+    monkeypatch.setattr(triton_backend, "installed", lambda: False)
     with pytest.raises(sk.BackendError, match="'hybrid' cannot run: Triton is not installed"):
         ours(running, backend="hybrid")(*inputs)
     monkeypatch.undo()
     monkeypatch.setattr("sora_kernels.testing.interpreting", lambda: False)
-    monkeypatch.setattr(op, "_triton_installed", lambda: True)
+    monkeypatch.setattr(triton_backend, "installed", lambda: True)
     with pytest.raises(sk.BackendError, match="x is on the CPU"):
         ours(running, backend="hybrid")(*inputs)
 

@@ -5,8 +5,6 @@ The convolution is ATen's (cuDNN, oneDNN) in every backend so far; a backend is 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..._dispatch import YES, Backend, Operator, Verdict, no
+from ..._dispatch import YES, Backend, Operator, Verdict
+from ..common import triton_backend
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
 from . import arguments, hybrid, onednn, reference, stock
-from .arguments import DTYPES
 
 # Where torch has a binding of its own, as for torch.convolution, it is several us faster than torch.ops.aten's.
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -35,31 +33,8 @@ class Facts(NamedTuple):
     batch_stats: bool
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _hybrid_can_run(facts: Facts) -> Verdict:
-    if not _triton_installed():
-        return no("Triton is not installed")
-    if facts.dtype not in DTYPES:
-        return no(f"x is {facts.dtype}; the kernels take fp16, bf16, fp32 and fp64")
-    if facts.device.type == "cuda":
-        return _capability_verdict(facts.device.index or 0)
-    if facts.device.type == "cpu":
-        from ...testing import interpreting
-
-        return YES if interpreting() else no("x is on the CPU and TRITON_INTERPRET is not set")
-    return no(f"x is on {facts.device}; Triton kernels need a CUDA device")
-
-
-@functools.cache
-def _capability_verdict(device: int) -> Verdict:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return no(f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
-    return YES
+    return triton_backend.can_run(facts.device, facts.dtype)
 
 
 def _floor_bytes(facts: Facts) -> int:

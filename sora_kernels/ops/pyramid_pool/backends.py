@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
+from ..common import triton_backend
 from . import definition, gemm, layout, stock
 from .layout import Form
 from .levels import bins
@@ -31,31 +31,8 @@ class Facts(NamedTuple):
     grad: bool
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _triton_can_run(facts: Facts) -> Verdict:
-    if not _triton_installed():
-        return no("Triton is not installed")
-    if facts.dtype not in layout.DTYPES:
-        return no(f"x is {facts.dtype}; the kernels take fp16, bf16, fp32 and fp64")
-    if facts.device.type == "cuda":
-        return _capability_verdict(facts.device.index or 0)
-    if facts.device.type == "cpu":
-        from ...testing import interpreting
-
-        return YES if interpreting() else no("x is on the CPU and TRITON_INTERPRET is not set")
-    return no(f"x is on {facts.device}; Triton kernels need a CUDA device")
-
-
-@functools.cache
-def _capability_verdict(device: int) -> Verdict:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return no(f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
-    return YES
+    return triton_backend.can_run(facts.device, facts.dtype)
 
 
 def _native_can_run(facts: Facts) -> Verdict:

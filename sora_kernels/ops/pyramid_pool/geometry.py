@@ -83,7 +83,7 @@ def sizes(valid_ptr, b, C, T, H, W, P: tl.constexpr):
 
 
 # Bins and elements. Bin i of o over n is [i n // o, ceil((i + 1) n / o)), and element p is in the bins
-# [p o // n, ceil((p + 1) o / n)): the same with o and n changed about. ------------------------------------------------
+# [p o // n, ceil((p + 1) o / n)): the same with o and n changed about.
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def number(t, h, w, k: tl.constexpr, s, P: tl.constexpr):
     return (t * oh + h) * ow + w
 
 
-# Where numbers lie (layout.py): of sample b's first, and within the sample --------------------------------------------
+# Where numbers lie (layout.py): of sample b's first, and within the sample
 
 
 @triton.jit

@@ -28,9 +28,6 @@ def _share(programs, C, BLOCK_C: tl.constexpr):
     return pid % programs, pid_c % blocks * BLOCK_C, (pid_c // blocks).to(tl.int64)
 
 
-# Forward --------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _winner(value, place, v, p):
     """Of two candidates: the larger, the first of equals; a NaN beats numbers, the last NaN the others."""
@@ -266,9 +263,6 @@ def _pyramid_pool_nested_kernel(
                     k, s, P, TILES, BLOCK_C, TRACK, ACC, INDEX,
                 )  # fmt: skip
             turn = (turn + programs - tiles % programs) % programs
-
-
-# Backward -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
