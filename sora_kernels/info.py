@@ -47,11 +47,18 @@ def _recurrent(gates: int, device: str) -> tuple[Any, ...]:
     return x, None, [torch.zeros(shape, device=device) for shape in shapes]
 
 
+def _pyramid_pool3d(device: str) -> tuple[Any, ...]:
+    import torch
+
+    return (torch.empty(2, 8, 4, 8, 8, device=device),)
+
+
 # One small call an operator, arguments of its public function.
 SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "conv3d_bn_act": _conv3d_bn_act,
     "gru": partial(_recurrent, 3),
     "lstm": partial(_recurrent, 4),
+    "pyramid_pool3d": _pyramid_pool3d,
     "rnn": partial(_recurrent, 1),
 }
 
