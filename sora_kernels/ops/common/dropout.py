@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ... import _native
+from .dtypes import DTYPE_CODES
 from .gradient import transformed
 from .schema import register
 
 # As enum DType in csrc/common/dtype.h.
-_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LOW = 0xFFFFFFFF
 # Up to here an ``autograd.Function`` costs the host more than torch's own dropout takes. Grad mode may not decide this:
 # checkpointing runs the same call without and with it, and wants one mask.
@@ -98,8 +98,8 @@ def philox4x32(
 
 def _native_can_run(x: Tensor) -> bool:
     if x.is_cpu:
-        return x.dtype != torch.float16 and x.dtype in _CODES and _native.status().ok
-    return x.is_cuda and x.dtype in _CODES and _native.cuda_device_status(x.device).ok
+        return x.dtype != torch.float16 and x.dtype in DTYPE_CODES and _native.status().ok
+    return x.is_cuda and x.dtype in DTYPE_CODES and _native.cuda_device_status(x.device).ok
 
 
 def _impl(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -117,7 +117,7 @@ def _impl(x: Tensor, seed: Tensor, p: float) -> Tensor:
         device = x.device.index
         stream = torch._C._cuda_getCurrentRawStream(device)
     _native.module().dropout(
-        _CODES[x.dtype], x.numel(), x.data_ptr(), seed.data_ptr(), p, y.data_ptr(), device, stream,
+        DTYPE_CODES[x.dtype], x.numel(), x.data_ptr(), seed.data_ptr(), p, y.data_ptr(), device, stream,
         _native.num_threads(),
     )  # fmt: skip
     return y

@@ -8,8 +8,7 @@ import importlib.util
 import torch
 
 from ..._dispatch import YES, Verdict, no
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .dtypes import DTYPES
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ..common.dtypes import DTYPES
+
 # What a parameter or running statistic may be kept in, by x's dtype.
 VECTOR_DTYPES = {dtype: {dtype, torch.promote_types(dtype, torch.float32)} for dtype in DTYPES}
 

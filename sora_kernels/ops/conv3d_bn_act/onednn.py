@@ -23,8 +23,6 @@ from . import reference
 # Of this library's activations: oneDNN's name for it.
 _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_relu"}
 _SHAPES = 4  # of x, whose ordered weights are kept
-
-
 _SAMPLE = 256  # elements of a weight that are compared
 
 
@@ -92,9 +90,8 @@ def forward(
                 folded.ordered.pop(next(iter(folded.ordered)), None)
             folded.ordered[key] = ordered
         own = ordered
-    elif (
-        weight.shape[2:].numel() == 1
-    ):  # ATen's pointwise convolution is a plain GEMM here, and faster
+    elif weight.shape[2:].numel() == 1:
+        # ATen's pointwise convolution is a plain GEMM here, and faster.
         z = torch.convolution(x, own, shift, stride, padding, dilation, False, [0, 0, 0], groups)
         return _finish(z, residual, activation, negative_slope)
     if residual is None:

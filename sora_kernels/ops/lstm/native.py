@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
 from . import steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
-from .pointers import CPU_DTYPES, DTYPE_CODES, all_pointable, pointable, pointer
+from .pointers import all_pointable, pointable, pointer
 from .reference import Result, state_dtype
 from .rows import Rows
 

@@ -10,10 +10,6 @@ from torch import Tensor
 
 Given = TypeVar("Given", bound=Tensor | None)
 
-# As enum DType in csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
 
 def pointable(like: Tensor, t: Given) -> Given:
     """``t`` as memory that a kernel may read beside ``like``: the last check before pointers."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .pointers import DTYPE_CODES, pointable, stream
+from ..common.dtypes import DTYPE_CODES
+from .pointers import pointable, stream
 from .reference import Result, state_dtype
 
 MOST = 4  # steps that are faster one by one on the CPU

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ... import _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common import triton_backend
+from ..common.dtypes import CPU_DTYPES
 from . import definition, gemm, layout, stock
 from .layout import Form
 from .levels import bins
@@ -38,7 +38,7 @@ def _triton_can_run(facts: Facts) -> Verdict:
 def _native_can_run(facts: Facts) -> Verdict:
     if facts.device.type != "cpu":
         return no(f"x is on {facts.device}; the native kernels run on the CPU")
-    if facts.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if facts.dtype not in CPU_DTYPES:
         return no(f"x is {facts.dtype}; the native kernels take fp32, fp64 and bf16")
     if facts.form.codes:
         return no("codes were asked for; the native kernels keep indices")

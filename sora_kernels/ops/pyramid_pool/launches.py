@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import _tuning
 from ..._launches import Launch
+from ..common import dtypes
 from . import kernels, layout, plans
 from .layout import Form
 from .levels import parse
@@ -47,7 +48,7 @@ def backward(
     grads: Sequence[Tensor | None], indices: Tensor | None, codes: Tensor | None,
     valid_size: Tensor | None, form: Form, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """dx ``[B, C, T, H, W]`` in one launch, dense, channels last in memory where they are inner."""
+    """dx ``[B, C, T, H, W]`` in one launch or two, dense, channels last in memory where they are inner."""
     some = _check_grads(grads, indices, codes, valid_size, form, shape)
     given = tuple(g is not None for g in grads) * (len(form.levels) if form.flat else 1)
     push, gather = plans.plan_backward(arch_of(some.device), form, given, tuple(shape), some.dtype)
@@ -79,7 +80,7 @@ def arch_of(device: torch.device) -> str:
 
 def _check(x: Tensor, valid_size: Tensor | None, form: Form) -> None:
     """The last look before pointers are taken."""
-    if x.dim() != 5 or x.dtype not in layout.DTYPES or x.numel() == 0:
+    if x.dim() != 5 or x.dtype not in dtypes.DTYPES or x.numel() == 0:
         raise ValueError(
             f"x: expected [B, C, T, H, W] of fp16, bf16, fp32 or fp64 with elements, "
             f"got {x.dtype} {tuple(x.shape)}"

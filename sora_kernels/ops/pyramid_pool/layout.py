@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .levels import WHOLE, Level, bins, plan
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 class Form(NamedTuple):
     """What a call asks for, beside its tensors. All of it is known without looking at sizes.

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
 from . import layout
 from .layout import Form, Part, parts, tape
 from .levels import bins
 from .levels import plan as plan_levels
 from .results import Result
-
-# As enum DType in csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3}
 
 
 class _Plan(NamedTuple):
@@ -70,7 +68,7 @@ def _check(form: Form, dtype: torch.dtype, *tensors: Tensor | None) -> None:
     """The last one before pointers."""
     if form.codes:
         raise ValueError("pyramid_pool3d: the native kernels keep indices, not codes")
-    if dtype not in DTYPE_CODES:
+    if dtype not in CPU_DTYPES:
         raise ValueError(
             f"pyramid_pool3d: the native kernels take fp32, fp64 and bf16, got {dtype}"
         )

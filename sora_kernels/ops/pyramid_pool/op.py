@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ..common.dtypes import DTYPES
 from ..common.gradient import Pair, Tensors, differentiable, transformed
 from ..common.schema import differentiate, goes_straight, register
 from . import layout, reference, tapes
@@ -260,7 +261,7 @@ def _checked(
     if x.dim() != 5:
         axes = "[B, T, H, W, C]" if ndhwc else "[B, C, T, H, W]"
         raise _error(f"x must be {axes}, got {tuple(x.shape)}")
-    if x.dtype not in layout.DTYPES:
+    if x.dtype not in DTYPES:
         raise _error(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     view = x.movedim(-1, 1) if ndhwc else x
     B, _, T, H, W = view.shape
