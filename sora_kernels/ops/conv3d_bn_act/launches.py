@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._launches import Launch
-from . import kernels
+from . import passes
 
-OP = kernels.OP
+OP = passes.OP
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GATED_LAYER = "r3d_18.layer1"
 # A volume that is no multiple of 16 is a specialisation of its own: scalar accesses, where registers run out first.
@@ -80,7 +80,7 @@ def _variants(
 
     def fwd(extra: Tensor | None, is_var: bool) -> Callable[[], tuple[Tensor | None, ...]]:
         return lambda: (
-            kernels.launch_fwd(
+            passes.launch_fwd(
                 y, extra, mean, var, weight, bias, eps=1e-5, invstd_is_var=is_var, **relu
             ),
         )
@@ -88,7 +88,7 @@ def _variants(
     def bwd(
         other: Tensor | None, mask: str, activation: str
     ) -> Callable[[], tuple[Tensor | None, ...]]:
-        return lambda: kernels.launch_bwd(
+        return lambda: passes.launch_bwd(
             dz, y, other, mean, var, weight, bias, mask=mask, activation=activation,
             negative_slope=0.01, batch_stats=True, needs_dy=True,
             needs_dresidual=other is not None, needs_parameters=True,
@@ -98,7 +98,7 @@ def _variants(
     yield (
         "statistics",
         ("_bn_stats_kernel",),
-        lambda: kernels.launch_stats(y, None, *running, 0.1, 1e-5),
+        lambda: passes.launch_stats(y, None, *running, 0.1, 1e-5),
     )
     yield "forward", forward, fwd(None, False)
     yield "forward, residual", forward, fwd(residual, False)
@@ -111,13 +111,13 @@ def _variants(
 @contextlib.contextmanager
 def as_on(arch: str) -> Iterator[None]:
     """Plans inside are those of ``arch`` (``"sm90"``), whatever device the tensors are on."""
-    with mock.patch.object(kernels, "arch_of", lambda device: arch):
+    with mock.patch.object(passes, "arch_of", lambda device: arch):
         yield
 
 
 def forget_plans() -> None:
     """After a change of the configs."""
-    kernels.plan.cache_clear()
+    passes.plan.cache_clear()
 
 
 def _output(shape: dict[str, Any]) -> list[int]:

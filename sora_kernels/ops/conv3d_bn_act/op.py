@@ -47,11 +47,11 @@ def _floor_bytes(facts: Facts) -> int:
 
 
 def _hybrid_config(facts: Facts) -> str:
-    from . import kernels
+    from . import passes
 
     n, c, t, h, w = facts.shape
-    arch = kernels.arch_of(facts.device)
-    plan = kernels.plan("_bn_act_fwd_kernel", arch, n, c, t * h * w, True, facts.dtype)
+    arch = passes.arch_of(facts.device)
+    plan = passes.plan("_bn_act_fwd_kernel", arch, n, c, t * h * w, True, facts.dtype)
     return f"{plan.tile['BLOCK_M']}x{plan.tile['BLOCK_C']}, {plan.tile['num_warps']} warps"
 
 

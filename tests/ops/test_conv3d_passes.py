@@ -10,8 +10,8 @@ from sora_kernels.testing import assert_close, poisoned, shuffled_programs, tole
 triton = pytest.importorskip("triton", exc_type=ImportError)
 tl = pytest.importorskip("triton.language", exc_type=ImportError)
 
-from sora_kernels.ops.conv3d_bn_act import kernels  # noqa: E402
-from sora_kernels.ops.conv3d_bn_act.kernels import _tile  # noqa: E402
+from sora_kernels.ops.conv3d_bn_act import passes  # noqa: E402
+from sora_kernels.ops.conv3d_bn_act.passes_kernels import _tile  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.triton
 def test_several_partials_merge_exactly_with_ragged_tiles():
     """More tiles than are merged at once, in the layout whose tiles are smallest."""
     y = torch.randn(1, 1, 3, 150, 160).contiguous(memory_format=torch.channels_last_3d)
-    plan = kernels.plan_for(y, "_bn_stats_kernel")
-    assert plan.tiles > kernels.MERGED_TILES
-    mean, invstd = kernels.launch_stats(y, None, None, None, 0.1, 0.0)
+    plan = passes.plan_for(y, "_bn_stats_kernel")
+    assert plan.tiles > passes.MERGED_TILES
+    mean, invstd = passes.launch_stats(y, None, None, None, 0.1, 0.0)
     true = y.double()
     assert_close(mean, true.mean().view(1), "composition_fp32", name="mean")
     assert_close(invstd, true.var(correction=0).rsqrt().view(1), "composition_fp32", name="invstd")
@@ -32,20 +32,20 @@ def test_variance_survives_a_large_mean(channels_last):
     y = torch.randn(4, 3, 2, 33, 31) + 1000.0
     if channels_last:
         y = y.contiguous(memory_format=torch.channels_last_3d)
-    _, invstd = kernels.launch_stats(y, None, None, None, 0.1, 0.0)
+    _, invstd = passes.launch_stats(y, None, None, None, 0.1, 0.0)
     true = y.double().var(dim=(0, 2, 3, 4), correction=0)
     relative = (invstd.double().pow(-2) / true - 1).abs().max().item()
     assert relative < tolerance("variance_relative")
 
 
-def passes(y, dz, residual, weight, bias):
+def every_pass(y, dz, residual, weight, bias):
     """Every kernel once: statistics, forward, reduce, apply."""
-    mean, invstd = kernels.launch_stats(y, None, None, None, 0.1, 1e-5)
+    mean, invstd = passes.launch_stats(y, None, None, None, 0.1, 1e-5)
     options = dict(activation="relu", negative_slope=0.0)
-    z = kernels.launch_fwd(
+    z = passes.launch_fwd(
         y, residual, mean, invstd, weight, bias, eps=0.0, invstd_is_var=False, **options
     )
-    grads = kernels.launch_bwd(
+    grads = passes.launch_bwd(
         dz, y, z, mean, invstd, weight, bias, mask="output", batch_stats=True, needs_dy=True,
         needs_dresidual=True, needs_parameters=True, **options,
     )  # fmt: skip
@@ -61,10 +61,10 @@ def test_every_element_is_written_in_any_program_order(channels_last):
             t.contiguous(memory_format=torch.channels_last_3d) for t in (y, dz, residual)
         )
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
-    first = passes(y, dz, residual, weight, bias)
+    first = every_pass(y, dz, residual, weight, bias)
     for seed in range(2):
         with poisoned(), shuffled_programs(seed):
-            again = passes(y, dz, residual, weight, bias)
+            again = every_pass(y, dz, residual, weight, bias)
         for name, a, b in zip(
             ("mean", "invstd", "z", "dy", "dresidual", "dweight", "dbias"),
             first,
@@ -100,17 +100,17 @@ def test_a_sweep_of_sizes_takes_few_compilations():
                     y = torch.empty(n, channels, *size, device="meta")
                     if channels_last:
                         y = y.to(memory_format=torch.channels_last_3d)
-                    constants.add(str(kernels.plan_for(y, "_bn_act_fwd_kernel").tile))
+                    constants.add(str(passes.plan_for(y, "_bn_act_fwd_kernel").tile))
     assert len(constants) == 2
 
 
 def test_launchers_look_again_before_taking_pointers():
     y = torch.randn(1, 2, 2, 2, 2)
     with pytest.raises(ValueError, match="y: expected a dense"):
-        kernels.launch_stats(y[..., ::2], None, None, None, 0.1, 1e-5)
+        passes.launch_stats(y[..., ::2], None, None, None, 0.1, 1e-5)
     with pytest.raises(ValueError, match=r"running_mean: expected \(2,\)"):
-        kernels.launch_stats(y, None, torch.zeros(3), torch.zeros(2), 0.1, 1e-5)
+        passes.launch_stats(y, None, torch.zeros(3), torch.zeros(2), 0.1, 1e-5)
     with pytest.raises(ValueError, match="residual: expected"):
         other = y.contiguous(memory_format=torch.channels_last_3d)
         options = dict(eps=0.0, invstd_is_var=False, activation="", negative_slope=0.0)
-        kernels.launch_fwd(y, other, y[0, :, 0, 0, 0], y[0, :, 0, 0, 0], None, None, **options)
+        passes.launch_fwd(y, other, y[0, :, 0, 0, 0], y[0, :, 0, 0, 0], None, None, **options)
