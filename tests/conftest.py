@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -50,7 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.6's interpreter reads a loop's bound with ``int(array of one)``, which numpy 2.5 refuses."""
+    """Triton 3.6's interpreter reads a loop's bound with ``int(array of one)``, which numpy 2.5 refuses. And a third of
+    the time: no check of each integer operation for overflow (fixture ``checked_overflow`` brings it back), Triton's
+    names patched once a launch, not once a helper's call.
+    """
     try:
         import numpy
         from triton.runtime import interpreter
@@ -66,6 +70,25 @@ def _mend_interpreter() -> None:
             set_attr(self, obj, name, (lambda t: t.handle.data.item()) if by_item else value)
 
         interpreter._LangPatchScope.set_attr = mended
+
+    builder, function = interpreter.interpreter_builder, interpreter.InterpretedFunction
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    call = function.__call__
+
+    def quick(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("sora_kernels.")
+        return self.rewrite()(*args, **kwargs) if ours else call(self, *args, **kwargs)
+
+    function.__call__ = quick
+
+
+@pytest.fixture
+def checked_overflow(monkeypatch) -> None:
+    """Every integer operation of an interpreted kernel is checked for overflow."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportError)
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=True)
+    monkeypatch.setattr(builder, "options", options)
 
 
 def _parts() -> dict[str, str]:

@@ -53,7 +53,7 @@ def every_pass(y, dz, residual, weight, bias):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_element_is_written_in_any_program_order(channels_last):
+def test_every_element_is_written_in_any_program_order(checked_overflow, channels_last):
     shape = (2, 18, 3, 25, 31) if channels_last else (2, 3, 3, 25, 31)
     y, dz, residual = (torch.randn(shape) for _ in range(3))
     if channels_last:

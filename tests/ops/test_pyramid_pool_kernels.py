@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -26,7 +24,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime import interpreter  # noqa: E402
 
-from sora_kernels.ops.pyramid_pool import geometry, kernels, launches, plans  # noqa: E402
+from sora_kernels.ops.pyramid_pool import launches, plans  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -36,29 +34,9 @@ LEVELS: dict[str, Any] = {
     "more bins than elements": (3, (1, 9, 2), (2, 18, 4)),
     "whole axes": ((None, 1, 1), (None, 2, 2), (2, None, 4), (1, None, 2)),
 }
-OURS = (geometry.__name__, kernels.__name__)
 SHAPE = (2, 3, 3, 4, 5)
 VALID = torch.tensor([[2, 4, 3], [0, 9, 1]])
 SMALL = {"TILE": 32, "BLOCK_C": 2, "num_warps": 4}  # several tiles a level, several lanes a bin
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(request, monkeypatch) -> None:
-    """A third of the time: no check of each integer operation for overflow, which one test keeps, and Triton's names
-    patched once a launch, not once a helper's call.
-    """
-    if "overflow" not in request.node.name:
-        options = dataclasses.replace(
-            interpreter.interpreter_builder.options, sanitize_overflow=False
-        )
-        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-    call = interpreter.InterpretedFunction.__call__
-
-    def quick(self, *args, **kwargs):
-        fn = self.rewrite() if self.fn.__module__ in OURS else functools.partial(call, self)
-        return fn(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick)
 
 
 @pytest.fixture(params=["one launch", "two launches"])
@@ -129,7 +107,7 @@ def test_tiles_do_not_show(launched, small_tiles, inner):
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["NCDHW", "NDHWC"])
-def test_no_overflow(launched, inner):
+def test_no_overflow(launched, checked_overflow, inner):
     """As the test above, with every integer operation checked."""
     assert_equal(few_values(SHAPE), form_of(LEVELS["overlapping"], "max", inner=inner), VALID)
 
