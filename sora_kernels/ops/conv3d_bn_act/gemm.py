@@ -1,0 +1,352 @@
+"""Implicit-GEMM convolution: plans and launchers of gemm_kernels.py and gemm_wgrad_kernels.py."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _tuning
+from ..._dispatch import YES, Verdict, no
+from ..common.dtypes import DTYPES
+from .gemm_kernels import _conv3d_gemm_fwd_kernel
+from .gemm_wgrad_kernels import _conv3d_gemm_wgrad_kernel, _conv3d_gemm_wgrad_reduce_kernel
+from .passes import ACCUMULATORS, OP, accumulator, arch_of
+from .window import Window
+
+FORWARD, WGRAD = "_conv3d_gemm_fwd_kernel", "_conv3d_gemm_wgrad_kernel"
+REDUCE = "_conv3d_gemm_wgrad_reduce_kernel"
+ACTIVATIONS = ("", "relu", "silu", "leaky_relu")
+LEAST = 16  # tl.dot's least extent
+VECTOR = 16  # bytes of the widest load
+AXIS_TAPS = 32  # bits of a set
+WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets are int64; the rest is room for a tile
+FILL = 528  # programs: four waves of a large GPU
+ROWS_PER_SPLIT = 512  # fewer, and writing the partials costs more than the products
+
+
+class Plan(NamedTuple):
+    """One launch: all of it that is not a pointer."""
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def can_run(window: Window, channels: int, filters: int, dtype: torch.dtype) -> Verdict:
+    """Whether the kernels take such a convolution, forward and both gradients (of x: at stride 1, zeros)."""
+    if dtype not in DTYPES:
+        return no(f"x is {dtype}; the kernels take fp16, bf16, fp32 and fp64")
+    groups = window.groups
+    if groups < 1 or channels % groups or filters % groups:
+        return no(f"groups is {groups}; it must divide {channels} channels and {filters} filters")
+    if max(window.kernel) > AXIS_TAPS:
+        return no(f"kernel is {window.kernel}; the kernels take at most {AXIS_TAPS} an axis")
+    if filters * (channels // groups) * math.prod(window.kernel) >= WIDEST:
+        return no(f"weight has {filters} x {channels // groups} x {window.kernel} elements; 2^31 is too many")
+    return YES
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    activation: str = "",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """``act(((conv(x) + bias) - mean) / sqrt(variance + eps) * bn_weight + bn_bias + residual)``, each part optional.
+
+    Returns:
+        [N, K, T', H', W'], dense ``channels_last_3d``, rounded once.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if (mean is None) is not (variance is None):
+        raise ValueError("mean, variance: expected both or neither")
+    if mean is None and (bn_weight is not None or bn_bias is not None):
+        raise ValueError("bn_weight, bn_bias: expected None without mean and variance")
+    z, plan, packed = _prepare(x, weight, window)
+    vectors = {
+        "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
+    }  # fmt: skip
+    _check_vectors(z, vectors)
+    stride = 0
+    if residual is not None:
+        _check_like("residual", residual, x, tuple(z.shape))
+        stride = pixel_stride("residual", residual)
+    _conv3d_gemm_fwd_kernel[plan.grid](
+        x, packed, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride,
+        HAS_BIAS=bias is not None, HAS_BN=mean is not None, HAS_BN_WEIGHT=bn_weight is not None,
+        HAS_BN_BIAS=bn_bias is not None, HAS_RESIDUAL=residual is not None, EPS=eps,
+        ACTIVATION=activation, SLOPE=negative_slope, STATISTICS=False, **plan.constants,
+    )  # fmt: skip
+    return z
+
+
+def forward_with_statistics(
+    x: Tensor, weight: Tensor, window: Window
+) -> tuple[Tensor, Tensor, int]:
+    """The convolution, and mean and M2 of its rounded values.
+
+    Returns:
+        y: [N, K, T', H', W'], dense ``channels_last_3d``.
+        part: [tiles, 2, K]; tile i holds rows ``i * ROWS`` and on of the N*T'*H'*W'.
+        ROWS: rows of a tile; the last one's may be fewer.
+    """
+    y, plan, packed = _prepare(x, weight, window)
+    rows = plan.constants["BLOCK_M"]
+    tiles = triton.cdiv(y.numel() // y.shape[1], rows)
+    part = torch.empty(tiles, 2, y.shape[1], dtype=accumulator(y), device=y.device)
+    _conv3d_gemm_fwd_kernel[plan.grid](
+        x, packed, y, None, None, None, None, None, None, part, *plan.sizes, STRIDE_RESIDUAL=0,
+        HAS_BIAS=False, HAS_BN=False, HAS_BN_WEIGHT=False, HAS_BN_BIAS=False, HAS_RESIDUAL=False,
+        EPS=0.0, ACTIVATION="", SLOPE=0.0, STATISTICS=True, **plan.constants,
+    )  # fmt: skip
+    return y, part, rows
+
+
+def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:
+    """The gradient of x ``[N, C, *sizes]``: a convolution of dy with the taps turned round, C and K exchanged."""
+    if max(window.stride) > 1 or (window.replicate and max(*window.before, *window.after) > 0):
+        raise ValueError(f"window: expected stride 1 and padding of zeros, got {window}")
+    if window.output(sizes) != list(dy.shape[2:]):
+        raise ValueError(f"dy: expected sizes {window.output(sizes)} for x's {list(sizes)}, got {tuple(dy.shape)}")  # fmt: skip
+    groups = window.groups
+    k, c, *kernel = weight.shape
+    turned = weight.reshape(groups, k // groups, c, *kernel).transpose(1, 2).flip(3, 4, 5)
+    reach = [d * (n - 1) for d, n in zip(window.dilation, window.kernel, strict=True)]
+    before, after = (
+        tuple(r - p for r, p in zip(reach, side, strict=True))
+        for side in (window.before, window.after)
+    )
+    turned_window = window._replace(before=before, after=after, replicate=False)
+    dx, plan, packed = _prepare(
+        dy, turned.reshape(groups * c, k // groups, *kernel), turned_window, name="dy"
+    )
+    _conv3d_gemm_fwd_kernel[plan.grid](
+        dy, packed, dx, None, None, None, None, None, None, None, *plan.sizes, STRIDE_RESIDUAL=0,
+        HAS_BIAS=False, HAS_BN=False, HAS_BN_WEIGHT=False, HAS_BN_BIAS=False, HAS_RESIDUAL=False,
+        EPS=0.0, ACTIVATION="", SLOPE=0.0, STATISTICS=False, **plan.constants,
+    )  # fmt: skip
+    return dx
+
+
+def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
+    """The gradient of the weight ``[K, C / groups, kt, kh, kw]``, in x's dtype; any stride, padding and dilation."""
+    stride_x = pixel_stride("x", x)
+    _check_like("dy", dy, x, (x.shape[0], dy.shape[1], *window.output(x.shape[2:])))
+    stride_dy = pixel_stride("dy", dy)
+    n, c, *sizes = x.shape
+    k, groups = dy.shape[1], window.groups
+    _require(can_run(window, c, k, x.dtype))
+    plan = plan_wgrad(
+        arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype, stride_x, stride_dy,
+        _readable(x, stride_x, groups), _readable(dy, stride_dy, groups), precision(x.dtype),
+    )  # fmt: skip
+    splits = plan.grid[1]
+    dw = torch.empty(k, c // groups, *window.kernel, dtype=x.dtype, device=x.device)
+    dw = dw.contiguous(memory_format=torch.channels_last_3d)
+    part = dw
+    if splits > 1:
+        part = torch.empty(splits, dw.numel(), dtype=accumulator(x), device=x.device)
+    _conv3d_gemm_wgrad_kernel[plan.grid](x, dy, part, *plan.sizes, **plan.constants)
+    if splits > 1:
+        config = _tuning.config(OP, REDUCE, arch_of(x.device), ())
+        block = config["BLOCK"]
+        _conv3d_gemm_wgrad_reduce_kernel[(triton.cdiv(dw.numel(), block),)](
+            part, dw, dw.numel(), splits, ACC=plan.constants["ACC"], **config
+        )
+    return dw
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(
+    arch: str, window: Window, n: int, c: int, k: int, sizes: tuple[int, ...], dtype: torch.dtype,
+    stride: int, readable: int, precision: str,
+) -> Plan:  # fmt: skip
+    """Args:
+    c, k: of all groups.
+    stride, readable: elements of x a pixel, and those of a group's that may be read, whatever they hold.
+    """
+    c, k = c // window.groups, k // window.groups
+    config = _config(FORWARD, arch, window, c, k, dtype, {"BLOCK_N": k, "BLOCK_K": c})
+    output = window.output(sizes)
+    rows = _rows(n, output)
+    block_m, block_n, block_k = (config[f"BLOCK_{a}"] for a in "MNK")
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(k, block_n) * window.groups
+    constants = {
+        "C": c, "K": k, "WINDOW": window, "READS": _reads(window), "STRIDE_X": stride,
+        "READ": readable if c % block_k else c, "PACKED": packed_channels(c, block_k),
+        "PRECISION": precision, "ACC": ACCUMULATORS.get(dtype, tl.float32), **config,
+    }  # fmt: skip
+    return Plan((programs,), (*sizes, *output, rows), constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_wgrad(
+    arch: str, window: Window, n: int, c: int, k: int, sizes: tuple[int, ...], dtype: torch.dtype,
+    stride_x: int, stride_dy: int, readable_x: int, readable_dy: int, precision: str,
+) -> Plan:  # fmt: skip
+    """As :func:`plan_forward`; the grid's second axis is the splits of the rows."""
+    c, k = c // window.groups, k // window.groups
+    config = _config(WGRAD, arch, window, c, k, dtype, {"BLOCK_N": k, "BLOCK_C": c})
+    output = window.output(sizes)
+    rows = _rows(n, output)
+    taps = math.prod(window.kernel)
+    config["SHARE"] = min(config["SHARE"], taps)
+    tiles = triton.cdiv(c, config["BLOCK_C"]) * triton.cdiv(k, config["BLOCK_N"])
+    programs = tiles * window.groups * triton.cdiv(taps, config["SHARE"])
+    splits = max(1, min(triton.cdiv(FILL, programs), rows // ROWS_PER_SPLIT))
+    block_m = config["BLOCK_M"]
+    chunk = triton.cdiv(triton.cdiv(rows, splits), block_m) * block_m
+    wide = n * math.prod(sizes) * stride_x >= WIDEST
+    constants = {
+        "C": c, "K": k, "WINDOW": window, "READS": _reads(window),
+        "STRIDE_X": stride_x, "STRIDE_DY": stride_dy, "READ_X": readable_x, "READ_DY": readable_dy,
+        "PRECISION": precision, "ACC": ACCUMULATORS.get(dtype, tl.float32),
+        "INDEX": tl.int64 if wide else tl.int32, **config,
+    }  # fmt: skip
+    return Plan((programs, triton.cdiv(rows, chunk)), (*sizes, *output, rows, chunk), constants)
+
+
+def forget_plans() -> None:
+    """After a change of the configs."""
+    plan_forward.cache_clear()
+    plan_wgrad.cache_clear()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's ``input_precision``: TF32 only where torch's own convolutions may take it."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
+
+
+def packed_channels(channels: int, block: int) -> int:
+    return triton.cdiv(channels, block) * block
+
+
+def pack(weight: Tensor, channels: int) -> Tensor:
+    """The weight as [K, kt, kh, kw, channels], zeros past its own; itself where it lies so already."""
+    k, c, *kernel = weight.shape
+    if c == channels:
+        return weight.contiguous(memory_format=torch.channels_last_3d)
+    packed = weight.new_zeros(k, *kernel, channels)
+    packed[..., :c] = weight.permute(0, 2, 3, 4, 1)
+    return packed
+
+
+def pixel_stride(name: str, x: Tensor) -> int:
+    """Elements from one pixel of x ``[N, C, T, H, W]`` to the next; raises where pixels are not evenly spaced."""
+    if x.dim() != 5:
+        raise ValueError(f"{name}: expected 5 dimensions [N, C, T, H, W], got {tuple(x.shape)}")
+    n, c, *sizes = x.shape
+    found, inner = None, 1
+    even = c == 1 or x.stride(1) == 1
+    for axis in (4, 3, 2, 0):  # a size-1 axis may carry any stride
+        if x.shape[axis] > 1:
+            found = x.stride(axis) // inner if found is None else found
+            even = even and x.stride(axis) == found * inner
+        inner *= x.shape[axis]
+    found = c if found is None else found
+    if not even or found < c:
+        raise ValueError(
+            f"{name}: expected channels innermost and evenly spaced pixels (channels_last_3d), "
+            f"got {tuple(x.shape)} with strides {x.stride()}"
+        )
+    return found
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, window: Window, name: str = "x"
+) -> tuple[Tensor, Plan, Tensor]:
+    """The last look before pointers are taken; the output, the plan and the weight as the kernel wants it."""
+    stride = pixel_stride(name, x)
+    n, c, *sizes = x.shape
+    k = weight.shape[0]
+    _check_like("weight", weight, x, (k, c // window.groups, *window.kernel))
+    _require(can_run(window, c, k, x.dtype))
+    plan = plan_forward(
+        arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype,
+        stride, _readable(x, stride, window.groups), precision(x.dtype),
+    )  # fmt: skip
+    z = torch.empty(
+        n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+    )
+    return z, plan, pack(weight, plan.constants["PACKED"])
+
+
+def _readable(x: Tensor, stride: int, groups: int) -> int:
+    """Channels of a group that may be read: up to a whole vector, where the pixel and the storage have room for it."""
+    c = x.shape[1] // groups
+    vector = VECTOR // x.element_size()
+    whole = triton.cdiv(c, vector) * vector
+    if groups > 1 or stride % vector or x.numel() == 0:
+        return c
+    end = x.storage_offset() + (x.numel() // c - 1) * stride + whole
+    return whole if end * x.element_size() <= x.untyped_storage().nbytes() else c
+
+
+def _config(
+    kernel: str, arch: str, window: Window, c: int, k: int, dtype: torch.dtype, extents: dict[str, int]
+) -> dict[str, int]:  # fmt: skip
+    """The shipped config, its tile no larger than its extents."""
+    taps = math.prod(window.kernel)
+    key = (("channels", c), ("filters", k), ("itemsize", dtype.itemsize), ("taps", taps))
+    config = dict(_tuning.config(OP, kernel, arch, key))
+    for name, extent in extents.items():
+        config[name] = min(config[name], max(LEAST, triton.next_power_of_2(extent)))
+    return config
+
+
+def _rows(n: int, output: Sequence[int]) -> int:
+    rows = n * math.prod(output)
+    if min(n, *output) < 1 or rows >= WIDEST:
+        raise ValueError(f"x: expected 1 to {WIDEST} output pixels, got {n} x {tuple(output)}")
+    return rows
+
+
+def _reads(window: Window) -> str:
+    """How the kernels read x: ``"rows"`` as they stand, ``"inside"`` where no tap leaves the map, else ``"masked"``
+    or ``"clamped"``."""
+    sides = (*window.before, *window.after)
+    if max(sides) > 0:
+        return "clamped" if window.replicate else "masked"
+    single = max(*window.kernel, *window.stride) == 1
+    return "rows" if single and min(sides) == 0 else "inside"
+
+
+def _check_like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if t.dtype != x.dtype or t.device != x.device or tuple(t.shape) != shape:
+        raise ValueError(
+            f"{name}: expected {shape} {x.dtype} on {x.device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
+        )
+
+
+def _check_vectors(z: Tensor, vectors: dict[str, Tensor | None]) -> None:
+    for name, v in vectors.items():
+        if v is not None and (
+            v.shape != (z.shape[1],) or v.device != z.device or not v.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name}: expected ({z.shape[1]},) contiguous on {z.device}, "
+                f"got {tuple(v.shape)} with strides {v.stride()} on {v.device}"
+            )
+
+
+def _require(verdict: Verdict) -> None:
+    if not verdict.ok:
+        raise ValueError(verdict.why)
