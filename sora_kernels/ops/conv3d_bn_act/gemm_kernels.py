@@ -39,8 +39,9 @@ def _inside(at, size, BEFORE: tl.constexpr, AFTER: tl.constexpr):
 @triton.jit
 def _axis_bits(first, size, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     """One bit for each tap of an axis; ``first`` is tap 0's coordinate."""
+    KERNEL: tl.constexpr = WINDOW.kernel[AXIS]
     bits = tl.zeros(first.shape, dtype=tl.int32)
-    for k in tl.static_range(WINDOW.kernel[AXIS]):
+    for k in tl.static_range(KERNEL):
         at = first + k * WINDOW.dilation[AXIS]
         inside = _inside(at, size, WINDOW.before[AXIS], WINDOW.after[AXIS])
         bits |= inside.to(tl.int32) << k
