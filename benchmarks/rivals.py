@@ -1,0 +1,159 @@
+"""What a row says beyond the harness's one baseline: evaluation on the CPU against the strongest of several builds of
+stock PyTorch, training with the bytes that it keeps for the backward pass."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cases, timers
+
+LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
+FREEZING = "freezing"
+_FROZEN_INSTANCES = 3  # each compiles for about a second
+
+
+@dataclass
+class Case(cases.Case):
+    """
+    Attributes:
+        layout: of :data:`LAYOUTS`: what the baseline runs in, and its name among the rivals.
+        rivals: further builds of the baseline, timed in the same rounds; they are no rows of their own.
+        saved: provider -> :func:`saved_bytes` of it; None where nothing is trained.
+    """
+
+    layout: str = ""
+    rivals: tuple[str, ...] = ()
+    saved: Callable[[str], int] | None = None
+
+
+@dataclass
+class Rivals:
+    """Calls by name, and why one is missing."""
+
+    calls: dict[str, timers.Call] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def makers(self) -> dict[str, Callable[[], timers.Call]]:
+        """For a case, beside its providers'."""
+        return {name: (lambda call=call: call) for name, call in self.calls.items()}
+
+    def info(self) -> dict[str, Any]:
+        return {"not_measured": self.missing} if self.missing else {}
+
+    def evaluate(self) -> dict[str, dict[str, Tensor]]:
+        """Name -> output, to be checked like a provider's."""
+        return {
+            name: {"output": cases.outputs(call())[0].contiguous()}
+            for name, call in self.calls.items()
+        }
+
+
+def of(stock: nn.Module, inputs: tuple[Tensor, ...], layout: str, freezing: bool) -> Rivals:
+    """Eager in the other layout and, with ``freezing``, compiled and frozen in channels-last: the
+    fastest of fresh instances, as the baseline is.
+
+    Args:
+        stock: the baseline's module, in evaluation mode on the CPU.
+    """
+    timer, found = timers.wall(), Rivals()
+
+    def instance(layout: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        form = LAYOUTS[layout]
+        own = copy.deepcopy(stock).to(memory_format=form)
+        return own, tuple(t.to(memory_format=form, copy=True) for t in inputs)
+
+    def eager(layout: str) -> timers.Call:
+        return cases.module_call(*instance(layout), None)
+
+    def frozen() -> timers.Call:
+        own, arguments = instance("channels_last")
+        return cases.module_call(freeze(own, arguments), arguments, None)
+
+    for other in LAYOUTS:
+        if other != layout:
+            found.calls[other] = timers.fastest(lambda other=other: eager(other), timer)
+    if freezing:
+        try:
+            found.calls[FREEZING] = timers.fastest(frozen, timer, _FROZEN_INSTANCES)
+        except (RuntimeError, OSError) as error:  # no C++ compiler, say
+            found.missing[FREEZING] = str(error).strip().splitlines()[0]
+    return found
+
+
+def freeze(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """``torch.compile`` with its parameters as constants, compiled for ``inputs``.
+
+    Modules of one class share their compiled code, which does not ask whether it was frozen: this
+    one gets a class, and code, of its own.
+
+    Raises:
+        RuntimeError: the graph was compiled but not frozen.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    kind = type(module)
+    forward = kind.forward
+    own = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__,
+        forward.__closure__,
+    )  # fmt: skip
+    module.__class__ = type(kind.__name__, (kind,), {"forward": own})
+    compiled = torch.compile(module)
+    folded = counters["inductor"]["binary_folding"]
+    with config.patch(freezing=True), torch.no_grad():
+        compiled(*inputs)
+    if counters["inductor"]["binary_folding"] == folded:
+        raise RuntimeError("torch.compile left BatchNorm out of the weights: it did not freeze")
+    return compiled
+
+
+def saved_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """What one forward pass keeps for the backward pass: each storage once, the model's own not."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    # Holding them keeps an address from coming twice.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def speedups(found: timers.Measurement, provider: str, case: Case) -> dict[str, Any]:
+    """Over each rival and the baseline by the name of its layout, and over the best of them."""
+    if found.void:
+        return {"speedup_over": None, "speedup_over_best": None}
+    own = found.samples[provider]
+    over = {}
+    for name in (found.baseline, *case.rivals):
+        pairs = zip(found.samples[name], own, strict=True)
+        shown = case.layout if name == found.baseline else name
+        over[shown] = round(statistics.median(theirs / ours for theirs, ours in pairs), 4)
+    return {"speedup_over": over, "speedup_over_best": min(over.values())}
+
+
+def complete(benchmark: Any, provider: str) -> None:
+    """Adds to the row that the fixture ``measured`` has just made."""
+    from . import conftest
+
+    (case,) = conftest._BUILT.values()
+    if not isinstance(case, Case):
+        raise TypeError(f"case: expected rivals.Case, got {type(case).__name__}")
+    if case.saved is not None:
+        benchmark.extra_info["saved_bytes"] = case.saved(provider)
+    if case.rivals and case.group in conftest._MEASURED:
+        benchmark.extra_info.update(speedups(conftest._MEASURED[case.group], provider, case))
