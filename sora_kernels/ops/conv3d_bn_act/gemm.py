@@ -23,7 +23,9 @@ from .window import Window
 FORWARD, WGRAD = "_conv3d_gemm_fwd_kernel", "_conv3d_gemm_wgrad_kernel"
 REDUCE = "_conv3d_gemm_wgrad_reduce_kernel"
 ACTIVATIONS = ("", "relu", "silu", "leaky_relu")
+PLAIN = {"STRIDE_RESIDUAL": 0, "EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0}
 LEAST = 16  # tl.dot's least extent
+FINISHED = 1024  # sums a warp finishes at once: 32 a thread
 VECTOR = 16  # bytes of the widest load
 AXIS_TAPS = 32  # bits of a set
 WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets are int64; the rest is room for a tile
@@ -89,10 +91,8 @@ def forward(
         _check_like("residual", residual, x, tuple(z.shape))
         stride = pixel_stride("residual", residual)
     _conv3d_gemm_fwd_kernel[plan.grid](
-        x, packed, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride,
-        HAS_BIAS=bias is not None, HAS_BN=mean is not None, HAS_BN_WEIGHT=bn_weight is not None,
-        HAS_BN_BIAS=bn_bias is not None, HAS_RESIDUAL=residual is not None, EPS=eps,
-        ACTIVATION=activation, SLOPE=negative_slope, STATISTICS=False, **plan.constants,
+        x, packed, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride, EPS=eps,
+        ACTIVATION=activation, SLOPE=negative_slope, **plan.constants,
     )  # fmt: skip
     return z
 
@@ -112,9 +112,7 @@ def forward_with_statistics(
     tiles = triton.cdiv(y.numel() // y.shape[1], rows)
     part = torch.empty(tiles, 2, y.shape[1], dtype=accumulator(y), device=y.device)
     _conv3d_gemm_fwd_kernel[plan.grid](
-        x, packed, y, None, None, None, None, None, None, part, *plan.sizes, STRIDE_RESIDUAL=0,
-        HAS_BIAS=False, HAS_BN=False, HAS_BN_WEIGHT=False, HAS_BN_BIAS=False, HAS_RESIDUAL=False,
-        EPS=0.0, ACTIVATION="", SLOPE=0.0, STATISTICS=True, **plan.constants,
+        x, packed, y, None, None, None, None, None, None, part, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip
     return y, part, rows
 
@@ -138,9 +136,7 @@ def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> T
         dy, turned.reshape(groups * c, k // groups, *kernel), turned_window, name="dy"
     )
     _conv3d_gemm_fwd_kernel[plan.grid](
-        dy, packed, dx, None, None, None, None, None, None, None, *plan.sizes, STRIDE_RESIDUAL=0,
-        HAS_BIAS=False, HAS_BN=False, HAS_BN_WEIGHT=False, HAS_BN_BIAS=False, HAS_RESIDUAL=False,
-        EPS=0.0, ACTIVATION="", SLOPE=0.0, STATISTICS=False, **plan.constants,
+        dy, packed, dx, None, None, None, None, None, None, None, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip
     return dx
 
@@ -187,11 +183,13 @@ def plan_forward(
     output = window.output(sizes)
     rows = _rows(n, output)
     block_m, block_n, block_k = (config[f"BLOCK_{a}"] for a in "MNK")
+    finished = FINISHED * config["num_warps"] // block_m
     programs = triton.cdiv(rows, block_m) * triton.cdiv(k, block_n) * window.groups
     constants = {
         "C": c, "K": k, "WINDOW": window, "READS": _reads(window), "STRIDE_X": stride,
         "READ": readable if c % block_k else c, "PACKED": packed_channels(c, block_k),
-        "PRECISION": precision, "ACC": ACCUMULATORS.get(dtype, tl.float32), **config,
+        "FINISHED": max(finished, LEAST), "PRECISION": precision,
+        "ACC": ACCUMULATORS.get(dtype, tl.float32), **config,
     }  # fmt: skip
     return Plan((programs,), (*sizes, *output, rows), constants)
 

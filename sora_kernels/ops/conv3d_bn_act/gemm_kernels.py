@@ -103,38 +103,85 @@ def _clamped(n, t, h, w, kt, kh, kw, T, H, W, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _affine_act(acc, offs_z, mask, filters, mask_n, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr,
-                bn_bias_ptr, residual_ptr, HAS_BIAS: tl.constexpr, HAS_BN: tl.constexpr,
-                HAS_BN_WEIGHT: tl.constexpr, HAS_BN_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """act(((acc + bias) - mean) / std * bn_weight + bn_bias + residual); absent parts cost nothing."""
-    if HAS_BIAS:
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's left and right columns; of an accumulator, other registers of the same threads."""
+    tile = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    return tl.split(tile)
+
+
+@triton.jit
+def _affine_act(
+    acc, offs_residual, mask, filters, mask_n, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,
+    residual_ptr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """act(((acc + bias) - mean) / std * bn_weight + bn_bias + residual); absent parts (None) cost nothing."""
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if HAS_BN:
+    if mean_ptr is not None:
         acc -= tl.load(mean_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
         variance = tl.load(variance_ptr + filters, mask=mask_n, other=1.0).to(ACC)
         scale = 1.0 / tl.sqrt(variance + EPS)
-        if HAS_BN_WEIGHT:
+        if bn_weight_ptr is not None:
             scale *= tl.load(bn_weight_ptr + filters, mask=mask_n, other=1.0).to(ACC)
         acc *= scale[None, :]
-        if HAS_BN_BIAS:
+        if bn_bias_ptr is not None:
             acc += tl.load(bn_bias_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offs_z, mask=mask, other=0.0).to(ACC)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs_residual, mask=mask, other=0.0).to(ACC)
     return _activate(acc, ACTIVATION, SLOPE)
 
 
 @triton.jit
-def _store_tile_statistics(y, part_ptr, pid_m, left, mask_m, filters, mask_n,
-                           FILTERS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Mean and M2 of the tile's rows, of the values as stored: what will be normalised."""
-    y = y.to(ACC)
-    mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / left.to(ACC)
+def _store_statistics(y, part_ptr, left, mask_m, filters, mask_n, FILTERS: tl.constexpr):
+    """Mean and M2 of the tile's rows."""
+    mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / left.to(y.dtype)
     delta = tl.where(mask_m, y - mean[None, :], 0.0)
-    m2 = tl.sum(delta * delta, axis=0)
-    at = part_ptr + pid_m.to(tl.int64) * 2 * FILTERS + filters
-    tl.store(at, mean, mask=mask_n)
-    tl.store(at + FILTERS, m2, mask=mask_n)
+    tl.store(part_ptr + filters, mean, mask=mask_n)
+    tl.store(part_ptr + FILTERS + filters, tl.sum(delta * delta, axis=0), mask=mask_n)
+
+
+@triton.jit
+def _finish(
+    acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
+    pid_m, first, group, M,
+    K: tl.constexpr, FILTERS: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FINISHED: tl.constexpr,
+):  # fmt: skip
+    """Everything after the sums, of the columns from ``first`` on: FINISHED at once, so that registers suffice."""
+    if BLOCK_N > FINISHED:
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _finish(
+            left, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
+            pid_m, first, group, M, K, FILTERS, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
+            BLOCK_M, BLOCK_N // 2, FINISHED,
+        )  # fmt: skip
+        _finish(
+            right, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
+            pid_m, first + BLOCK_N // 2, group, M, K, FILTERS, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
+            BLOCK_M, BLOCK_N // 2, FINISHED,
+        )  # fmt: skip
+    else:
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_m = (offs_m < M)[:, None]
+        mask_n = offs_n < K
+        mask = mask_m & mask_n[None, :]
+        filters = group * K + offs_n
+        pixels = offs_m.to(tl.int64)[:, None]
+        if part_ptr is None:
+            offs_residual = pixels * STRIDE_RESIDUAL + filters[None, :]
+            y = _affine_act(
+                acc, offs_residual, mask, filters, mask_n, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr,
+                bn_bias_ptr, residual_ptr, EPS, ACTIVATION, SLOPE, ACC,
+            ).to(z_ptr.dtype.element_ty)  # fmt: skip
+        else:
+            # Of the values as stored: those are what will be normalised.
+            y = acc.to(z_ptr.dtype.element_ty)
+            left = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
+            part_ptr += pid_m.to(tl.int64) * 2 * FILTERS
+            _store_statistics(y.to(ACC), part_ptr, left, mask_m, filters, mask_n, FILTERS)
+        tl.store(z_ptr + pixels * FILTERS + filters[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "H", "W", "TO", "HO", "WO", "M"])
@@ -144,21 +191,19 @@ def _conv3d_gemm_fwd_kernel(
     z_ptr,  # [N, T', H', W', K of all groups]
     bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,  # [K of all groups]
     residual_ptr,  # like z, STRIDE_RESIDUAL elements a pixel
-    part_ptr,  # [tiles of rows, 2, K of all groups]
+    part_ptr,  # [tiles of rows, 2, K of all groups]; where given, y is stored as it is, and its statistics here
     T, H, W, TO, HO, WO, M,
     C: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, READS: tl.constexpr,  # C and K of a group
     STRIDE_X: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, READ: tl.constexpr, PACKED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BN: tl.constexpr, HAS_BN_WEIGHT: tl.constexpr, HAS_BN_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FINISHED: tl.constexpr,
 ):  # fmt: skip
     KH: tl.constexpr = WINDOW.kernel[1]
     KW: tl.constexpr = WINDOW.kernel[2]
     TAPS: tl.constexpr = WINDOW.kernel[0] * KH * KW
     COLUMNS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS: tl.constexpr = PACKED // BLOCK_K
-    FILTERS: tl.constexpr = K * WINDOW.groups
 
     # A tile's columns and groups run side by side: they read the same rows of x.
     pid = tl.program_id(0)
@@ -166,11 +211,10 @@ def _conv3d_gemm_fwd_kernel(
     group = pid // COLUMNS % WINDOW.groups
     pid_m = pid // (COLUMNS * WINDOW.groups)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end repeat the last one and are not stored, so that no load masks them.
     row = tl.minimum(offs_m, M - 1)
-    column = tl.minimum(offs_n, K - 1)
+    column = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
 
     if READS == "rows":
         pixel = row.to(tl.int64)
@@ -217,19 +261,9 @@ def _conv3d_gemm_fwd_kernel(
         b = tl.load(w_ptrs + step * BLOCK_K)
         acc = dot(a, b, acc, PRECISION)
 
-    mask_m = (offs_m < M)[:, None]
-    mask_n = offs_n < K
-    mask = mask_m & mask_n[None, :]
-    filters = group * K + offs_n
-    pixels = offs_m.to(tl.int64)[:, None]
-    if STATISTICS:
-        y = acc.to(z_ptr.dtype.element_ty)
-        left = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
-        _store_tile_statistics(y, part_ptr, pid_m, left, mask_m, filters, mask_n, FILTERS, ACC)
-    else:
-        y = _affine_act(
-            acc, pixels * STRIDE_RESIDUAL + filters[None, :], mask, filters, mask_n,
-            bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr,
-            HAS_BIAS, HAS_BN, HAS_BN_WEIGHT, HAS_BN_BIAS, HAS_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
-        )  # fmt: skip
-    tl.store(z_ptr + pixels * FILTERS + filters[None, :], y, mask=mask)
+    _finish(
+        acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
+        pid_m, pid_n * BLOCK_N, group, M,
+        K, K * WINDOW.groups, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
+        BLOCK_M, BLOCK_N, FINISHED,
+    )  # fmt: skip
