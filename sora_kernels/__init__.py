@@ -9,13 +9,23 @@ from . import nn
 from ._dispatch import BackendError, explain
 from ._native import build_info
 from ._version import __version__
-from .ops import conv3d_bn_act, gru, lstm, pyramid_pool3d, rnn
+from .ops import (
+    conv3d_act,
+    conv3d_bn_act,
+    conv_transpose3d_bn_act,
+    gru,
+    lstm,
+    pyramid_pool3d,
+    rnn,
+)
 
 __all__ = [
     "BackendError",
     "__version__",
     "build_info",
+    "conv3d_act",
     "conv3d_bn_act",
+    "conv_transpose3d_bn_act",
     "explain",
     "gru",
     "lstm",

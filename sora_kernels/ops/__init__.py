@@ -1,7 +1,15 @@
 """One folder an operator; importing this package registers them."""
 
-from .conv3d_bn_act import conv3d_bn_act
+from .conv3d_bn_act import conv3d_act, conv3d_bn_act, conv_transpose3d_bn_act
 from .lstm import gru, lstm, rnn
 from .pyramid_pool import pyramid_pool3d
 
-__all__ = ["conv3d_bn_act", "gru", "lstm", "pyramid_pool3d", "rnn"]
+__all__ = [
+    "conv3d_act",
+    "conv3d_bn_act",
+    "conv_transpose3d_bn_act",
+    "gru",
+    "lstm",
+    "pyramid_pool3d",
+    "rnn",
+]

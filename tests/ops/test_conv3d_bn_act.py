@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import sora_kernels as sk
 from sora_kernels.ops.common import triton_backend
 from sora_kernels.ops.conv3d_bn_act import op, reference
+from sora_kernels.ops.conv3d_bn_act.convolution import layout
 from sora_kernels.testing import (
     assert_close,
     assert_within_2x,
@@ -96,7 +97,7 @@ def check(backend, dtype, channels_last, activation, residual, training, **sizes
     plain_z, plain_grads = run(stock(plain, **options), inputs, dz)
     true_z, _ = run(stock(true, **options), double(inputs), dz)
     y = F.conv3d(*inputs[:2], None, 1, kernel // 2)
-    assert z.is_contiguous(memory_format=op._layout(y)), "not in the layout of ATen's convolution"
+    assert z.is_contiguous(memory_format=layout(y)), "not in the layout of ATen's convolution"
     assert_within_2x(z, plain_z, true_z, name="z")
     truth, plain_truth = (
         run(stock(double(running), mask=m, **options), double(inputs), dz)[1] for m in (z, plain_z)
@@ -340,21 +341,23 @@ def test_only_the_gradients_asked_for(backend):
 def test_opcheck(backend):
     inputs, running, dz = make(channels_last=True)
     x, weight, bn_weight, bn_bias, bias, residual = inputs
-    geometry = ([1, 1, 1], [1, 1, 1], [1, 1, 1], 1)
-    for batch_stats in (True, False):
+    window = ([1, 1, 1], [1, 1, 1, 0, 1, 2], True, [1, 1, 1], 1, False, [0, 0, 0])
+    for norm, activation in (("running", "relu"), ("running", "silu"), ("batch", "relu")):
+        options = (norm, activation, 0.01, 0.1, 1e-5, "")
+        residual = torch.randn(2, 6, 2, 5, 5)
         arguments = (
-            x, weight, bias, residual, bn_weight, bn_bias, *clone(running), *geometry, "relu", 0.01,
-            batch_stats, 0.1, 1e-5, backend,
+            x, weight, bias, residual, bn_weight, bn_bias, *clone(running), *window, *options, backend
         )  # fmt: skip
         torch.library.opcheck(torch.ops.sora_kernels.conv3d_bn_act.default, arguments)
         torch.library.opcheck(torch.ops.sora_kernels.conv3d_bn_act_fwd.default, arguments)
-    z, y, mean, invstd = op._fwd(*arguments)
-    for needs in ([True] * 6, [False, True, False, True, False, True]):
-        torch.library.opcheck(
-            torch.ops.sora_kernels.conv3d_bn_act_bwd.default,
-            (dz, x, weight, y, mean, invstd, z, None, bn_weight, bn_bias, *geometry, "relu", 0.01,
-             False, needs, backend),
-        )  # fmt: skip
+        z, y, mean, invstd = op._fwd(*arguments)
+        kept = (z, None) if activation == "relu" else (None, residual)
+        for needs in ([True] * 6, [False, True, False, True, False, True]):
+            torch.library.opcheck(
+                torch.ops.sora_kernels.conv3d_bn_act_bwd.default,
+                (torch.randn_like(z), x, weight, y, mean, invstd, *kept, bias, bn_weight, bn_bias, *window,
+                 *options, needs, backend),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", [HYBRID, None])

@@ -35,12 +35,16 @@ def _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS: t
             INVSTD_IS_VAR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
             ACC: tl.constexpr):  # fmt: skip
     """mean, invstd, weight and bias of these channels; ones and zeros where there is none."""
-    mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
-    invstd = tl.load(invstd_ptr + channels, mask=mask_c, other=1.0).to(ACC)
-    if INVSTD_IS_VAR:
-        invstd = 1.0 / tl.sqrt(invstd + EPS)
-    weight = tl.full(mean.shape, 1.0, dtype=ACC)
-    bias = tl.full(mean.shape, 0.0, dtype=ACC)
+    if mean_ptr is None:
+        mean = tl.full(channels.shape, 0.0, dtype=ACC)
+        invstd = tl.full(channels.shape, 1.0, dtype=ACC)
+    else:
+        mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0).to(ACC)
+        invstd = tl.load(invstd_ptr + channels, mask=mask_c, other=1.0).to(ACC)
+        if INVSTD_IS_VAR:
+            invstd = 1.0 / tl.sqrt(invstd + EPS)
+    weight = tl.full(channels.shape, 1.0, dtype=ACC)
+    bias = tl.full(channels.shape, 0.0, dtype=ACC)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + channels, mask=mask_c, other=1.0).to(ACC)
     if HAS_BIAS:

@@ -11,14 +11,17 @@ moving averages do it, counts none either.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference
+from .convolution import convolve, pad
+from .folded import finish, scale_and_shift, scaled
+from .options import Options
+from .window import Window
 
 # Of this library's activations: oneDNN's name for it.
 _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_relu"}
@@ -27,13 +30,26 @@ _SAMPLE = 256  # elements of a weight that are compared
 
 
 class _Folded(NamedTuple):
-    version: int
-    eps: float
+    form: tuple[Any, ...]  # the weight's version and whatever else is no tensor
     sample: Tensor
     vectors: tuple[Tensor | None, ...]  # as they were
-    weight: Tensor
-    bias: Tensor
-    ordered: dict[tuple[Any, ...], Tensor]  # by x's shape and the geometry
+    weight: Tensor | None  # None: as it is
+    bias: Tensor | None
+    ordered: dict[tuple[Any, ...], Tensor]  # by x's shape and the window
+
+    def in_order(
+        self, weight: Tensor, shape: torch.Size, window: Window, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        """This weight in oneDNN's own order for an x of this shape."""
+        key = (shape, window)
+        found = self.ordered.get(key)
+        if found is None:
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            found = reorder(weight.detach(), *geometry, shape)
+            while len(self.ordered) >= _SHAPES:
+                self.ordered.pop(next(iter(self.ordered)), None)
+            self.ordered[key] = found
+        return found
 
 
 _FOLDED = WeakTensorKeyDictionary()
@@ -71,81 +87,65 @@ def takes(x: Tensor) -> bool:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    bn_weight: Tensor | None, bn_bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    activation: str, negative_slope: float, eps: float, memory_format: torch.memory_format,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, window: Window, options: Options,
+    memory_format: torch.memory_format,
 ) -> Tensor:  # fmt: skip
-    """z in ``memory_format``."""
-    folded = _fold(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    """z in ``memory_format``; mean and variance None: no normalisation."""
+    own = _fold(weight, bias, bn_weight, bn_bias, mean, variance, options.eps, window)
+    if not window.symmetric:
+        x, window = pad(x, window), window._replace(before=(0, 0, 0), after=(0, 0, 0))
     x = x.contiguous(memory_format=memory_format)
-    own, shift = folded.weight, folded.bias
-    geometry = (list(padding), list(stride), list(dilation), groups)
-    if memory_format is torch.channels_last_3d:
-        key = (x.shape, *map(tuple, geometry[:3]), groups)
-        ordered = folded.ordered.get(key)
-        if ordered is None:
-            ordered = torch.ops.mkldnn._reorder_convolution_weight(own, *geometry, x.shape)
-            while len(folded.ordered) >= _SHAPES:
-                folded.ordered.pop(next(iter(folded.ordered)), None)
-            folded.ordered[key] = ordered
-        own = ordered
-    elif weight.shape[2:].numel() == 1:
+    w = weight if own.weight is None else own.weight
+    if window.transposed or not (
+        memory_format is torch.channels_last_3d or math.prod(window.kernel) > 1
+    ):
         # ATen's pointwise convolution is a plain GEMM here, and faster.
-        z = torch.convolution(x, own, shift, stride, padding, dilation, False, [0, 0, 0], groups)
-        return _finish(z, residual, activation, negative_slope)
+        z = convolve(x, w, window, own.bias)
+        return finish(z.contiguous(memory_format=memory_format), residual, options)
+    geometry = ([*window.before], [*window.stride], [*window.dilation], window.groups)
+    if memory_format is torch.channels_last_3d:
+        w = own.in_order(w, x.shape, window, geometry)
+    activation = options.activation
     if residual is None:
-        slope = [negative_slope] if activation == "leaky_relu" else []
+        slope = [options.negative_slope] if activation == "leaky_relu" else []
         return torch.ops.mkldnn._convolution_pointwise(
-            x, own, shift, *geometry, _POST_OPS[activation], slope, ""
+            x, w, own.bias, *geometry, _POST_OPS[activation], slope, ""
         )
     # Elsewhere this op is ATen's convolution and a sum that does not know bf16.
-    if activation in ("", "relu") and groups == 1 and not x.is_contiguous():
+    if activation in ("", "relu") and window.groups == 1 and not x.is_contiguous():
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual.contiguous(memory_format=memory_format), own, shift, *geometry, "add", 1.0,
+            x, residual.contiguous(memory_format=memory_format), w, own.bias, *geometry, "add", 1.0,
             activation or None, [], "",
         )  # fmt: skip
-    z = torch.ops.mkldnn._convolution_pointwise(x, own, shift, *geometry, "none", [], "")
-    return _finish(z, residual, activation, negative_slope)
-
-
-def _finish(z: Tensor, residual: Tensor | None, activation: str, negative_slope: float) -> Tensor:
-    if residual is not None:
-        z = z.add_(residual)
-    if activation == "relu":
-        return z.relu_()
-    return reference.activate(z, activation, negative_slope) if activation else z
+    z = torch.ops.mkldnn._convolution_pointwise(x, w, own.bias, *geometry, "none", [], "")
+    return finish(z, residual, options)
 
 
 def _fold(
     weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
-    mean: Tensor, variance: Tensor, eps: float,
+    mean: Tensor | None, variance: Tensor | None, eps: float, window: Window,
 ) -> _Folded:  # fmt: skip
     vectors = (bias, bn_weight, bn_bias, mean, variance)
     # A tensor made in inference mode counts no versions.
     version = -1 if weight.is_inference() else weight._version
+    form = (version, eps, weight.dtype, window.transposed, window.groups)
     found = _FOLDED.get(weight)
-    if found is not None and _same(found, version, eps, weight, vectors):
+    if found is not None and found.form == form and _same(found, weight, vectors):
         return found
-    scale = torch.rsqrt(variance.float() + eps)
-    if bn_weight is not None:
-        scale = scale * bn_weight.float()
-    shift = -mean.float() if bias is None else bias.float() - mean.float()
-    shift = shift * scale
-    if bn_bias is not None:
-        shift = shift + bn_bias.float()
-    own = (weight.float() * scale.view(-1, 1, 1, 1, 1)).to(weight.dtype).contiguous()
+    own = shift = None
+    if mean is not None and variance is not None:
+        scale, wide = scale_and_shift(bias, bn_weight, bn_bias, mean, variance, eps, torch.float32)
+        own, shift = scaled(weight, scale, window).contiguous(), wide.to(weight.dtype)
+    elif bias is not None:
+        shift = bias.detach().clone()
     kept = tuple(None if v is None else v.clone() for v in vectors)
-    folded = _Folded(version, eps, _sample(weight).clone(), kept, own, shift.to(weight.dtype), {})
+    folded = _Folded(form, _sample(weight).clone(), kept, own, shift, {})
     _FOLDED[weight] = folded
     return folded
 
 
-def _same(
-    found: _Folded, version: int, eps: float, weight: Tensor, vectors: tuple[Tensor | None, ...]
-) -> bool:
-    if found.version != version or found.eps != eps or found.weight.dtype != weight.dtype:
-        return False
+def _same(found: _Folded, weight: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
     for v, was in zip(vectors, found.vectors, strict=True):
         if v is not was and (v is None or was is None or v.dtype != was.dtype or not v.equal(was)):
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ... import _tuning
 from .passes_kernels import (
+    _act_bwd_kernel,
     _bn_act_bwd_apply_kernel,
     _bn_act_bwd_finalize_kernel,
     _bn_act_bwd_reduce_kernel,
@@ -150,8 +152,8 @@ def launch_stats(
 def launch_fwd(
     y: Tensor,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -159,10 +161,14 @@ def launch_fwd(
     invstd_is_var: bool,
     activation: str,
     negative_slope: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``z = activation((y - mean) * invstd * weight + bias + residual)`` in one pass over y."""
-    _check(y, residual=residual, mean=mean, invstd=invstd, weight=weight, bias=bias)
-    z = torch.empty_like(y)
+    """``z = activation((y - mean) * invstd * weight + bias + residual)`` in one pass over y.
+
+    mean and invstd None: 0 and 1. ``out`` may be y itself.
+    """
+    _check(y, residual=residual, mean=mean, invstd=invstd, weight=weight, bias=bias, out=out)
+    z = torch.empty_like(y) if out is None else out
     p = plan_for(y, "_bn_act_fwd_kernel")
     _bn_act_fwd_kernel[p.grid](
         y, residual, z, mean, invstd, weight, bias, *p.where,
@@ -176,8 +182,8 @@ def launch_bwd(
     dz: Tensor,
     y: Tensor,
     other: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -188,8 +194,13 @@ def launch_bwd(
     needs_dy: bool,
     needs_dresidual: bool,
     needs_parameters: bool,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dy, dresidual, dweight, dbias (None where not needed): one reducing and one writing pass."""
+    """dy, dresidual, dweight, dbias (None where not needed): one reducing and one writing pass.
+
+    ``share`` makes of the sums ``[2, K]`` of da and da * xhat, after the parameters' gradients were taken from them,
+    those that dy is made with.
+    """
     _check(y, dz=dz, other=other, mean=mean, invstd=invstd, weight=weight, bias=bias)
     flags = {
         "HAS_WEIGHT": weight is not None,
@@ -212,6 +223,8 @@ def launch_bwd(
             part, sums, dweight, dbias, p.c, p.tiles,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **p.merge,
         )  # fmt: skip
+        if share is not None:
+            sums = share(sums)
     if needs_dy or needs_dresidual:
         p = plan_for(y, "_bn_act_bwd_apply_kernel")
         dy = torch.empty_like(y) if needs_dy else None
@@ -221,3 +234,21 @@ def launch_bwd(
             BATCH_STATS=batch_stats, NEEDS_DY=needs_dy, NEEDS_DRESIDUAL=needs_dresidual, **flags, **p.tile,
         )  # fmt: skip
     return dy, dresidual, dweight, dbias
+
+
+def launch_masked(
+    dz: Tensor, z: Tensor | None, *, activation: str, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """dz times the activation's derivative by the sign of its output z, and the sums of that ``[K]``: one pass."""
+    _check(dz, z=z)
+    p = plan_for(dz, "_act_bwd_kernel")
+    da = torch.empty_like(dz) if activation else dz
+    part = _partials(p, dz)
+    _act_bwd_kernel[p.grid](
+        dz, z, da, part, *p.where, ACTIVATION=activation, SLOPE=negative_slope, **p.tile
+    )
+    sums = torch.empty(2, p.c, dtype=part.dtype, device=dz.device)
+    _bn_act_bwd_finalize_kernel[p.merge_grid](
+        part, sums, None, None, p.c, p.tiles, HAS_WEIGHT=False, HAS_BIAS=False, **p.merge
+    )
+    return da, sums[0]

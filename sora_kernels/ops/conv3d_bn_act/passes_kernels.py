@@ -5,7 +5,8 @@ division an element: channels-last is one segment of N*T*H*W rows whose channels
 N segments of T*H*W contiguous rows, one channel a program. Grid: (tile of ROWS rows, block of channels).
 
 Traffic in units of y: training forward reads 2 and writes 1 (+1 residual); evaluation reads 1, writes 1 (+1);
-backward reads 4 and writes 1 (dz, y twice; dy), with a residual 6 and 2. No atomics: every sum has a fixed order.
+backward reads 4 and writes 1 (dz, y twice; dy), with a residual 6 and 2, without y 2 and 1. No atomics: every sum has
+a fixed order.
 """
 
 from __future__ import annotations
@@ -225,6 +226,41 @@ def _bn_act_bwd_reduce_kernel(
     out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
     tl.store(out, tl.sum(sum_da, axis=0), mask=mask_c)
     tl.store(out + C, tl.sum(sum_da_xhat, axis=0), mask=mask_c)
+
+
+@triton.jit
+def _act_bwd_kernel(
+    dz_ptr, z_ptr,  # [N, K, T, H, W], one layout
+    da_ptr,  # [N, K, T, H, W], written where the activation changes dz
+    part_ptr,  # [tiles, 2, K]: sum of da over a tile's rows, and zero
+    C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    base, left, offs_m, offs, channels, mask_c = _tile(
+        length,
+        tiles_per_segment,
+        stride_segment,
+        stride_row,
+        stride_channel,
+        C,
+        ROWS,
+        BLOCK_M,
+        BLOCK_C,
+    )
+    sum_da = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for first in range(0, left, BLOCK_M):
+        mask = (first + offs_m < left)[:, None] & mask_c[None, :]
+        at = base + first * stride_row + offs
+        da = tl.load(dz_ptr + at, mask=mask, other=0.0).to(ACC)
+        if ACTIVATION != "":
+            z = tl.load(z_ptr + at, mask=mask, other=0.0).to(ACC)
+            da = _activation_grad(da, z, ACTIVATION, SLOPE)
+            tl.store(da_ptr + at, da, mask=mask)
+        sum_da += da
+    out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
+    tl.store(out, tl.sum(sum_da, axis=0), mask=mask_c)
+    tl.store(out + C, tl.zeros((BLOCK_C,), dtype=ACC), mask=mask_c)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""conv3d -> BatchNorm3d -> (+residual) -> activation in plain torch: the definition."""
+"""Convolution -> batch normalisation -> (+residual) -> activation in plain torch: the definition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import sync
+from .options import BATCH, RUNNING, Options
+from .window import Window
+
 ACTIVATIONS = ("relu", "silu", "leaky_relu", None)
+
+
+def convolve(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = None) -> Tensor:
+    """x ``[N, C, T, H, W]`` -> y ``[N, K, T', H', W']``."""
+    padding: Sequence[int] = window.before
+    if not window.symmetric:
+        sides = [
+            s for b, a in zip(window.before[::-1], window.after[::-1], strict=True) for s in (b, a)
+        ]
+        x = F.pad(x, sides, "replicate" if window.replicate else "constant")
+        padding = (0, 0, 0)
+    if window.transposed:
+        return F.conv_transpose3d(
+            x, weight, bias, window.stride, padding, window.output_padding, window.groups, window.dilation
+        )  # fmt: skip
+    return F.conv3d(x, weight, bias, window.stride, padding, window.dilation, window.groups)
+
+
+def conv3d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    window: Window,
+    options: Options,
+) -> Tensor:
+    """x ``[N, C, T, H, W]``, the vectors ``[K]`` -> z ``[N, K, T', H', W']``.
+
+    Running statistics are updated in place with those of the batch. Statistics are taken in fp32 at least; the result
+    has x's dtype.
+    """
+    y = convolve(x, weight, window, bias)
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    mean, invstd = None, None
+    if options.norm == BATCH:
+        mean, variance, n = statistics(wide, options.group)
+        if running_mean is not None and running_var is not None:
+            update_running(running_mean, running_var, mean, variance, n, options.momentum)
+        invstd = torch.rsqrt(variance + options.eps)
+    elif options.norm == RUNNING:
+        assert running_mean is not None and running_var is not None
+        mean, invstd = running_mean, torch.rsqrt(running_var + options.eps)
+    out = pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
+    return activate(out, options.activation, options.negative_slope).to(x.dtype)
 
 
 def activate(x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
@@ -22,35 +74,44 @@ def activate(x: Tensor, activation: str | None, negative_slope: float) -> Tensor
     return x
 
 
-def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all axes but the channel's, ``[K]`` each."""
+def statistics(y: Tensor, group: str = "") -> tuple[Tensor, Tensor, Tensor | int]:
+    """Mean and biased variance over all axes but the channel's, ``[K]`` each, and the count of values a channel."""
     variance, mean = torch.var_mean(y, dim=(0, 2, 3, 4), correction=0)
-    return mean, variance
+    if group:
+        return sync.merge(mean, variance, count(y), group)
+    return mean, variance, count(y)
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: int, momentum: float
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: Tensor | int,
+    momentum: float,
 ) -> None:  # fmt: skip
     """``running = (1 - momentum) * running + momentum * batch``, the variance unbiased."""
     running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-    unbiased = variance.detach() * (count / max(count - 1, 1))
+    others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+    unbiased = variance.detach() * (count / others)
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def normalise(
-    y: Tensor, mean: Tensor, invstd: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None
+    y: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
 ) -> Tensor:
-    """``(y - mean) * invstd * bn_weight + bn_bias``, all but y ``[K]``."""
-    scale = invstd if bn_weight is None else invstd * bn_weight
-    out = (y - _per_channel(mean)) * _per_channel(scale)
-    return out if bn_bias is None else out + _per_channel(bn_bias)
+    """``(y - mean) * invstd * bn_weight + bn_bias``, all but y ``[K]``; mean and invstd None: ``y + bn_bias``."""
+    if mean is not None and invstd is not None:
+        scale = invstd if bn_weight is None else invstd * bn_weight
+        y = (y - _per_channel(mean)) * _per_channel(scale)
+    return y if bn_bias is None else y + _per_channel(bn_bias)
 
 
 def pre_activation(
     y: Tensor,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
 ) -> Tensor:
@@ -59,100 +120,112 @@ def pre_activation(
     return out if residual is None else out + residual
 
 
-def conv3d_bn_act(
-    x: Tensor,
-    weight: Tensor,
+def forward(
+    y: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-    negative_slope: float = 0.01,
-    stride: Sequence[int] = (1, 1, 1),
-    padding: Sequence[int] = (0, 0, 0),
-    dilation: Sequence[int] = (1, 1, 1),
-    groups: int = 1,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """x ``[N, C, T, H, W]``, weight ``[K, C/groups, kt, kh, kw]``, the rest ``[K]`` -> ``[N, K, T', H', W']``.
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The passes after the convolution, as the backends give them: z, mean, invstd of a y that leaves its bias out.
 
-    Batch statistics where ``training`` or where there are no running ones; running statistics are updated in
-    place where ``training``. Statistics are taken in fp32 at least; the result has x's dtype.
+    Batch statistics take any bias away again, so it moves the running mean only; running ones have it in the mean.
+    Without normalisation ``bn_bias`` is the bias, and mean and invstd are None.
     """
-    y = F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    if training or running_mean is None or running_var is None:
-        mean, variance = statistics(wide)
-        if training and running_mean is not None and running_var is not None:
-            update_running(running_mean, running_var, mean, variance, count(y), momentum)
-    else:
-        mean, variance = running_mean, running_var
-    out = pre_activation(wide, residual, mean, torch.rsqrt(variance + eps), bn_weight, bn_bias)
-    return activate(out, activation, negative_slope).to(x.dtype)
-
-
-def forward(
-    y: Tensor, bias, residual, bn_weight, bn_bias, running_mean, running_var, *,
-    batch_stats, activation, negative_slope, momentum, eps, tapes,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The passes after the convolution, as the backends give them: z, mean, invstd."""
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    if batch_stats:
-        mean, variance = statistics(wide)
-        if running_mean is not None:
+    mean = invstd = None
+    if options.norm == BATCH:
+        mean, variance, n = statistics(wide, options.group)
+        if running_mean is not None and running_var is not None:
             seen = mean if bias is None else mean + bias
-            update_running(running_mean, running_var, seen, variance, count(y), momentum)
-    else:
-        mean = running_mean.to(wide.dtype, copy=True)
-        mean, variance = mean if bias is None else mean - bias, running_var.to(wide.dtype)
-    invstd = torch.rsqrt(variance + eps)
+            update_running(running_mean, running_var, seen, variance, n, options.momentum)
+        invstd = torch.rsqrt(variance + options.eps)
+    elif options.norm == RUNNING:
+        assert running_mean is not None and running_var is not None
+        mean, invstd = frozen(bias, running_mean, running_var, options.eps, wide.dtype)
     out = pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
-    return activate(out, activation, negative_slope).to(y.dtype), mean, invstd
+    return activate(out, options.activation, options.negative_slope).to(y.dtype), mean, invstd
+
+
+def frozen(
+    bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and invstd of a y that leaves its bias out, under running statistics; copies."""
+    mean = running_mean.to(dtype, copy=True)
+    return mean if bias is None else mean - bias, torch.rsqrt(running_var.to(dtype) + eps)
 
 
 def backward(
-    dz: Tensor, y: Tensor, z, residual, mean, invstd, bn_weight, bn_bias, *,
-    batch_stats, activation, negative_slope, needs,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dy, dresidual, dweight, dbias, by hand; the README derives it, the tests hold it against autograd.
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dy, dresidual, dweight, dbias for ``needs``, by hand; the README derives it, the tests hold it against autograd.
 
     With da the gradient before the activation and xhat the normalised y, over the n values of a channel::
 
         dbias = sum(da)    dweight = sum(da * xhat)    dy = invstd * weight * (da - dbias / n - xhat * dweight / n)
     """
-    xhat = normalise(y.to(mean.dtype), mean, invstd, None, None)
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
     pre = z
-    if z is None or activation == "silu":
-        pre = pre_activation(y.to(mean.dtype), residual, mean, invstd, bn_weight, bn_bias)
-    da = activation_grad(dz.to(mean.dtype), pre, activation, negative_slope)
-    sum_da, sum_da_xhat = da.sum((0, 2, 3, 4)), (da * xhat).sum((0, 2, 3, 4))
-    dy = da
-    if batch_stats:
-        n = count(y)
-        dy = da - _per_channel(sum_da / n) - xhat * _per_channel(sum_da_xhat / n)
-    scale = invstd if bn_weight is None else invstd * bn_weight
-    dy = (dy * _per_channel(scale)).to(y.dtype)
-    dweight = None if bn_weight is None else sum_da_xhat.to(bn_weight.dtype)
+    if z is None or options.activation == "silu":
+        pre = pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
+    da = activation_grad(dz.to(wide.dtype), pre, options.activation, options.negative_slope)
+    sum_da = da.sum((0, 2, 3, 4))
+    dy, dweight = da, None
+    if mean is not None and invstd is not None:
+        xhat = normalise(wide, mean, invstd, None, None)
+        sum_da_xhat = (da * xhat).sum((0, 2, 3, 4))
+        dweight = None if bn_weight is None else sum_da_xhat.to(bn_weight.dtype)
+        if options.norm == BATCH:
+            means = torch.stack([sum_da, sum_da_xhat])
+            if options.group:
+                means = sync.mean_of_sums(means, count(y), options.group)
+            else:
+                means = means / count(y)
+            dy = da - _per_channel(means[0]) - xhat * _per_channel(means[1])
+        scale = invstd if bn_weight is None else invstd * bn_weight
+        dy = dy * _per_channel(scale)
     dbias = None if bn_bias is None else sum_da.to(bn_bias.dtype)
-    found = (dy, da.to(y.dtype), dweight, dbias)
-    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+    needs_dy, needs_dresidual, needs_dweight, needs_dbias = needs
+    return (
+        dy.to(y.dtype) if needs_dy else None,
+        da.to(y.dtype) if needs_dresidual else None,
+        dweight if needs_dweight else None,
+        dbias if needs_dbias else None,
+    )
 
 
-def activation_grad(g: Tensor, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
-    """``g * activation'(x)``, torch's choice at a kink."""
+def masked(dz: Tensor, z: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """da and its sum a channel (fp32 at least), from z's sign alone."""
+    wide = dz.to(torch.promote_types(dz.dtype, torch.float32))
+    da = activation_grad(wide, z, options.activation, options.negative_slope)
+    return da.to(dz.dtype), da.sum((0, 2, 3, 4))
+
+
+def activation_grad(
+    g: Tensor, x: Tensor | None, activation: str | None, negative_slope: float
+) -> Tensor:
+    """``g * activation'(x)``, torch's choice at a kink; no x is needed for the identity."""
+    if not activation:
+        return g
+    assert x is not None
     if activation == "relu":
         return torch.where(x <= 0, 0.0, g)
     if activation == "leaky_relu":
         return torch.where(x > 0, g, g * negative_slope)
-    if activation == "silu":
-        s = torch.sigmoid(x)
-        return g * s * (1 + x * (1 - s))
-    return g
+    s = torch.sigmoid(x)
+    return g * s * (1 + x * (1 - s))
 
 
 def activate_like(

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import folded, onednn, reference
+from .convolution import convolve, convolve_backward
+from .options import BATCH, NONE, Options
+from .window import Window
+
+__all__ = ["backward", "convolve", "convolve_backward", "forward", "fused", "masked"]
 
 aten = torch.ops.aten
 _WIDE = {
@@ -22,6 +27,25 @@ def _widened(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, window: Window, options: Options,
+    memory_format: torch.memory_format, tapes: bool,
+) -> Tensor:  # fmt: skip
+    """z without y: one convolution by oneDNN on the CPU; elsewhere the passes, in place where they can be. With
+    ``tapes`` the weight is about to change: folding and ordering it for oneDNN would be for this call alone.
+    """
+    if not tapes and onednn.takes(x):
+        return onednn.forward(
+            x, weight, bias, residual, bn_weight, bn_bias, mean, variance, window, options, memory_format
+        )  # fmt: skip
+    if options.norm == NONE:
+        z = convolve(x, weight, window, bias)
+        return folded.finish(z, residual, options)
+    y = convolve(x, weight, window)
+    return forward(y, bias, residual, bn_weight, bn_bias, mean, variance, options)[0]
+
+
 def forward(
     y: Tensor,
     bias: Tensor | None,
@@ -30,51 +54,40 @@ def forward(
     bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    *,
-    batch_stats: bool,
-    activation: str,
-    negative_slope: float,
-    momentum: float,
-    eps: float,
-    tapes: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z, mean, invstd of a convolution output y that leaves its bias out.
-
-    Batch statistics take any bias away again, so it moves the running mean only; in evaluation it moves the mean.
-    """
-    wide = _WIDE[y.dtype]
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """z, mean, invstd, as :func:`reference.forward`."""
+    if options.norm == NONE or options.group:
+        return reference.forward(
+            y, bias, residual, bn_weight, bn_bias, running_mean, running_var, options
+        )
+    wide, batch = _WIDE[y.dtype], options.norm == BATCH
     # fp32 parameters make ATen keep fp32 statistics for 16-bit y; without any it would not.
     weight = y.new_ones(y.shape[1], dtype=wide) if bn_weight is None else _widened(bn_weight, wide)
     shift = _widened(bn_bias, wide)
     mean, variance = _widened(running_mean, wide), _widened(running_var, wide)
-    if bias is not None and not batch_stats:
+    if bias is not None and not batch:
         assert mean is not None
         mean = mean - bias
     out, batch_mean, invstd = torch.native_batch_norm(
-        y, weight, shift, mean, variance, batch_stats, momentum, eps
+        y, weight, shift, mean, variance, batch, options.momentum, options.eps
     )
-    if batch_stats:
+    if batch:
         if running_mean is not None and running_var is not None:
             assert mean is not None and variance is not None
             if mean is not running_mean:
                 running_mean.copy_(mean)
                 running_var.copy_(variance)
             if bias is not None:
-                running_mean.add_(bias, alpha=momentum)
+                running_mean.add_(bias, alpha=options.momentum)
         mean = batch_mean
-    elif tapes:
+    else:
         assert mean is not None and variance is not None
         mean = mean.clone() if mean is running_mean else mean
-        invstd = torch.rsqrt(variance + eps)
-    else:
-        mean = invstd  # neither is asked for
+        invstd = torch.rsqrt(variance + options.eps)
     if residual is not None:
         out = out + residual
-    if activation == "relu":
-        out = out.relu_()
-    elif activation:
-        out = reference.activate(out, activation, negative_slope)
-    return out, mean, invstd
+    return folded.activate(out, options), mean, invstd
 
 
 def backward(
@@ -82,34 +95,29 @@ def backward(
     y: Tensor,
     z: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
-    *,
-    batch_stats: bool,
-    activation: str,
-    negative_slope: float,
+    options: Options,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy, dresidual, dweight, dbias for ``needs`` of the same order (None where not needed)."""
-    da = dz
-    if activation:
-        if z is None:
-            wide = y.to(mean.dtype)
-            z = reference.pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
-            z = z.to(y.dtype)
-        if activation == "relu":
-            da = aten.threshold_backward(dz, z, 0)
-        elif activation == "silu":
-            da = aten.silu_backward(dz, z)
-        else:
-            da = aten.leaky_relu_backward(dz, z, negative_slope, False)
+    if mean is None or invstd is None or options.group:
+        return reference.backward(
+            dz, y, z, residual, mean, invstd, bn_weight, bn_bias, options, needs
+        )
+    if z is None and options.activation:
+        wide = y.to(mean.dtype)
+        z = reference.pre_activation(wide, residual, mean, invstd, bn_weight, bn_bias)
+        z = z.to(y.dtype)
+    da = _before_activation(dz, z, options)
     needs_dy, needs_dresidual, needs_dweight, needs_dbias = needs
     dy = dweight = dbias = None
     if needs_dy or needs_dweight or needs_dbias:
+        batch = options.norm == BATCH
         # In evaluation the op rebuilds 1/std from the variance and eps: give it back ours.
-        running = (None, None) if batch_stats else (mean, invstd.square().reciprocal())
+        running = (None, None) if batch else (mean, invstd.square().reciprocal())
         weight = torch.ones_like(mean) if bn_weight is None else bn_weight.to(mean.dtype)
         dy, dweight, dbias = aten.native_batch_norm_backward(
             da,
@@ -118,7 +126,7 @@ def backward(
             *running,
             mean,
             invstd,
-            batch_stats,
+            batch,
             0.0,
             [needs_dy, needs_dweight, needs_dbias],
         )
@@ -127,3 +135,20 @@ def backward(
         if bn_bias is not None and dbias is not None:
             dbias = dbias.to(bn_bias.dtype)
     return dy, da if needs_dresidual else None, dweight, dbias
+
+
+def masked(dz: Tensor, z: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """da and its sum a channel, as :func:`reference.masked`."""
+    da = _before_activation(dz, z, options)
+    return da, da.sum((0, 2, 3, 4), dtype=_WIDE[da.dtype])
+
+
+def _before_activation(dz: Tensor, z: Tensor | None, options: Options) -> Tensor:
+    """dz times the activation's derivative; z is what went into SiLU, else either side of the activation."""
+    if not options.activation:
+        return dz
+    if options.activation == "relu":
+        return aten.threshold_backward(dz, z, 0)
+    if options.activation == "silu":
+        return aten.silu_backward(dz, z)
+    return aten.leaky_relu_backward(dz, z, options.negative_slope, False)

@@ -1,0 +1,74 @@
+"""ATen's convolution (cuDNN, oneDNN) for any window: what it cannot pad by itself is padded as a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .window import Window
+
+# Where torch has a binding of its own, as for torch.convolution, it is several us faster than torch.ops.aten's.
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_replication_pad_backward = torch.ops.aten.replication_pad3d_backward.default
+_NONE = (0, 0, 0)
+
+
+def convolve(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = None) -> Tensor:
+    """y ``[N, K, T', H', W']``, in the layout that ATen chooses."""
+    padding = window.before
+    if not window.symmetric:
+        x, padding = pad(x, window), _NONE
+    return torch.convolution(
+        x, weight, bias, window.stride, padding, window.dilation, window.transposed,
+        window.output_padding, window.groups,
+    )  # fmt: skip
+
+
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias for ``needs`` (None where not needed). x is padded again: the copy is not kept."""
+    padded, padding = x, window.before
+    if not window.symmetric:
+        padded, padding = pad(x, window), _NONE
+    dx, dweight, dbias = _convolution_backward(
+        dy, padded, weight, [window.filters(weight.shape)], window.stride, padding, window.dilation,
+        window.transposed, window.output_padding, window.groups, list(needs),
+    )  # fmt: skip
+    if needs[0] and padded is not x:
+        dx = _unpad(dx, x, window)
+    return dx, dweight, dbias
+
+
+def layout(t: Tensor) -> torch.memory_format:
+    """Of a tensor that is dense in one of the two; contiguous where it is in both, channels-last where in neither."""
+    return torch.contiguous_format if t.is_contiguous() else torch.channels_last_3d
+
+
+def pad(x: Tensor, window: Window) -> Tensor:
+    """x with the window's padding, in x's layout."""
+    padded = F.pad(x, _sides(window), "replicate" if window.replicate else "constant")
+    return padded.contiguous(memory_format=layout(x))
+
+
+def _unpad(dx: Tensor, x: Tensor, window: Window) -> Tensor:
+    """The gradient by x of the gradient by ``pad(x)``, in x's layout."""
+    if window.replicate:
+        # 16-bit sums over the border would round at every step.
+        wide = dx.to(torch.promote_types(dx.dtype, torch.float32)).contiguous()
+        dx = _replication_pad_backward(wide, x.to(wide.dtype), _sides(window)).to(dx.dtype)
+    else:
+        for axis, (before, size) in enumerate(zip(window.before, x.shape[2:], strict=True)):
+            dx = dx.narrow(2 + axis, before, size)
+    return dx.contiguous(memory_format=layout(x))
+
+
+def _sides(window: Window) -> list[int]:
+    return [
+        side
+        for b, a in zip(window.before[::-1], window.after[::-1], strict=True)
+        for side in (b, a)
+    ]

@@ -1,0 +1,234 @@
+"""What the registered ops do: one call through the backend that it takes, and what a call on fake tensors gives.
+
+Two ways, by the flags alone (:attr:`Options.keeps_y`). With y: the convolution, then the passes; backward reads y.
+Without: y is never kept, the passes may be inside the convolution or in place, and backward needs z's sign and the
+weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, folded, onednn, reference, sync
+from .convolution import convolve, convolve_backward, layout
+from .options import BATCH, NONE, RUNNING, Options
+from .window import Window
+
+
+def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Channels-last where x or weight is (and is not plain contiguous too), else contiguous."""
+    for t in (x, weight):
+        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _select(
+    backend: str, x: Tensor, shape: Any, window: Window, options: Options, residual: Any
+) -> Any:
+    return backends.select(
+        backend, x.device, x.dtype, x.shape[1], tuple(shape), window, options, residual is not None
+    )
+
+
+def _promised(x: Tensor, weight: Tensor, tapes: bool, options: Options, chosen: str) -> bool:
+    """Whether z is laid out as promised. On the CPU, where ATen's small convolutions answer channels-last input
+    contiguously, z stays so where ATen computes it, as in the modules that this replaces.
+    """
+    if not x.is_cpu:
+        return True
+    return not tapes and options.norm != BATCH and chosen == "torch" and onednn.takes(x)
+
+
+def forward(
+    tapes, x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, window, options, backend
+):  # fmt: skip
+    """z, y, mean, invstd; y is empty where it is not kept, the last two without ``tapes`` or statistics.
+
+    The passes run in the layout that the convolution chose for y: it is free, and ATen's channels-last statistics on
+    the CPU lose two digits.
+    """
+    output = (x.shape[0], window.filters(weight.shape), *window.output(x.shape[2:]))
+    if options.norm == BATCH and not options.group and output[0] * _volume(output) == 1:
+        raise ValueError(
+            "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
+            f"got a convolution output of {output}"
+        )
+    chosen = _select(backend, x, output, window, options, residual)
+    promised = _promised(x, weight, tapes, options, chosen.name)
+    wanted = memory_format(x, weight)
+    if output[0] * output[1] == 0:
+        z, *rest = _empty(x, weight, bias, bn_weight, running_mean, running_var, window, options)
+        return z.contiguous(memory_format=wanted) if promised else z, *rest
+    impl = chosen.impl
+    mean = invstd = None
+    if options.keeps_y and (tapes or options.norm == BATCH):
+        y = impl.convolve(x, weight, window)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout(y))
+        if options.norm == NONE:
+            bias, bn_bias = None, bias
+        z, mean, invstd = impl.forward(
+            y, bias, residual, bn_weight, bn_bias, running_mean, running_var, options
+        )
+    else:
+        y = None
+        z = impl.fused(
+            x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, window, options,
+            wanted, tapes,
+        )  # fmt: skip
+        if tapes and options.norm == RUNNING:
+            wide = _statistics_dtype(x)
+            mean, invstd = reference.frozen(bias, running_mean, running_var, options.eps, wide)
+    if promised:
+        z = z.contiguous(memory_format=wanted)
+    if not tapes:
+        return z, None, None, None
+    none = x.new_empty(0)
+    return (
+        z,
+        none if y is None else y,
+        none if mean is None else mean,
+        none if mean is None else invstd,
+    )
+
+
+def _volume(shape: Any) -> int:
+    n = 1
+    for size in shape[2:]:
+        n = n * size
+    return n
+
+
+def _empty(x, weight, bias, bn_weight, running_mean, running_var, window, options):
+    """Of a call without values, which a group's other ranks may wait for."""
+    y = convolve(x, weight, window)
+    wide, none = _statistics_dtype(x), x.new_empty(0)
+    mean = y.new_zeros(y.shape[1], dtype=wide)
+    invstd = torch.ones_like(mean)
+    if options.norm == BATCH and options.group:
+        mean, variance, n = sync.merge(mean, torch.zeros_like(mean), 0, options.group)
+        if running_mean is not None:
+            seen = mean if bias is None else mean + bias
+            reference.update_running(running_mean, running_var, seen, variance, n, options.momentum)
+        invstd = torch.rsqrt(variance + options.eps)
+    if options.norm == NONE:
+        mean, invstd = none, none
+    return torch.empty_like(y), y if options.keeps_y else none, mean, invstd
+
+
+def backward(
+    dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs, backend
+):  # fmt: skip
+    """dx, dweight, dbias, dresidual, dbn_weight, dbn_bias for ``needs``; empty tensors where not needed."""
+    if dz.numel() == 0:
+        found = _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options)
+    else:
+        impl = _select(backend, x, dz.shape, window, options, residual).impl
+        if mean.numel() == 0:
+            mean = invstd = None
+        way = _backward_with_y if options.keeps_y else _backward_without_y
+        found = way(
+            impl, dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs
+        )  # fmt: skip
+    return tuple(
+        x.new_empty(0) if g is None or not n else _laid_out(g, x, weight)
+        for g, n in zip(found, needs, strict=True)
+    )
+
+
+def _backward_with_y(
+    impl, dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs
+):  # fmt: skip
+    needs_dx, needs_dw, needs_dbias, needs_dresidual, needs_dbn_weight, needs_dbn_bias = needs
+    own, batch = layout(y), options.norm == BATCH
+    if options.norm == NONE:
+        bn_bias, needs_dbn_bias = bias, needs_dbias
+    # Batch statistics take any bias away again: its gradient is exactly zero.
+    sums_bias = needs_dbias and options.norm == RUNNING
+    needs_dy = needs_dx or needs_dw or sums_bias
+    dy, dresidual, dbn_weight, dbn_bias = impl.backward(
+        dz.contiguous(memory_format=own), y, _like(z, own), _like(residual, own), mean, invstd, bn_weight,
+        bn_bias, options, (needs_dy, needs_dresidual, needs_dbn_weight, needs_dbn_bias),
+    )  # fmt: skip
+    dx = dw = dbias = None
+    if needs_dy:
+        dx, dw, dbias = impl.convolve_backward(
+            dy, x, weight, window, (needs_dx, needs_dw, sums_bias)
+        )
+    if options.norm == NONE:
+        dbias, dbn_bias = dbn_bias, None
+    elif needs_dbias and batch:
+        dbias = weight.new_zeros(window.filters(weight.shape))
+    return dx, dw, dbias, dresidual, dbn_weight, dbn_bias
+
+
+def _backward_without_y(
+    impl, dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs
+):  # fmt: skip
+    own = layout(dz if z is None else z)
+    dense = dz.contiguous(memory_format=own)
+    da, sum_da = impl.masked(dense, z, options)
+    return folded.backward(
+        da,
+        sum_da,
+        x,
+        weight,
+        mean,
+        invstd,
+        bn_weight,
+        bn_bias,
+        window,
+        needs,
+        impl.convolve_backward,
+    )
+
+
+def _like(t: Tensor | None, own: torch.memory_format) -> Tensor | None:
+    return None if t is None else t.contiguous(memory_format=own)
+
+
+def _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options):
+    if options.norm == BATCH and options.group:
+        sync.mean_of_sums(mean.new_zeros(2, mean.shape[0]), 0, options.group)
+    like = (x, weight, bias, dz, bn_weight, bn_bias)
+    return tuple(None if t is None else torch.zeros_like(t) for t in like)
+
+
+def _laid_out(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A gradient as promised on a GPU, as ATen gave it on the CPU."""
+    return g if x.is_cpu or g.dim() != 5 else g.contiguous(memory_format=memory_format(x, weight))
+
+
+def fake_forward(tapes, x, weight, residual, window, options, backend):
+    """As :func:`forward`: y as ATen lays it out, z of the same sizes."""
+    y = convolve(x, weight, window)
+    z = torch.empty_like(y)
+    chosen = ""
+    if x.is_cpu and not tapes and options.norm != BATCH:
+        chosen = _select(backend, x, y.shape, window, options, residual).name
+    if _promised(x, weight, tapes, options, chosen):
+        z = z.contiguous(memory_format=memory_format(x, weight))
+    none = x.new_empty(0)
+    vector = none if options.norm == NONE else x.new_empty(y.shape[1], dtype=_statistics_dtype(x))
+    return z, y if options.keeps_y else none, vector, torch.empty_like(vector)
+
+
+def fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options, needs):
+    """As :func:`backward`."""
+    dy = y if options.keeps_y else z
+    if dy is None:
+        dy = dz.contiguous(memory_format=layout(dz))
+    dx, dw, _ = convolve_backward(dy, x, weight, window, (needs[0], needs[1], False))
+    like = (dx, dw, bias, dy, bn_weight, bn_bias)
+    return tuple(
+        _laid_out(torch.empty_like(t), x, weight) if n and t is not None else x.new_empty(0)
+        for t, n in zip(like, needs, strict=True)
+    )
