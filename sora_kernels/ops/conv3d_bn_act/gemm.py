@@ -45,13 +45,17 @@ def can_run(window: Window, channels: int, filters: int, dtype: torch.dtype) -> 
     """Whether the kernels take such a convolution, forward and both gradients (of x: at stride 1, zeros)."""
     if dtype not in DTYPES:
         return no(f"x is {dtype}; the kernels take fp16, bf16, fp32 and fp64")
+    if window.transposed:
+        return no("window is transposed; the kernels take convolutions")
     groups = window.groups
     if groups < 1 or channels % groups or filters % groups:
         return no(f"groups is {groups}; it must divide {channels} channels and {filters} filters")
     if max(window.kernel) > AXIS_TAPS:
         return no(f"kernel is {window.kernel}; the kernels take at most {AXIS_TAPS} an axis")
     if filters * (channels // groups) * math.prod(window.kernel) >= WIDEST:
-        return no(f"weight has {filters} x {channels // groups} x {window.kernel} elements; 2^31 is too many")
+        return no(
+            f"weight has {filters} x {channels // groups} x {window.kernel} elements; 2^31 is too many"
+        )
     return YES
 
 
@@ -69,8 +73,13 @@ def forward(
     residual: Tensor | None = None,
     activation: str = "",
     negative_slope: float = 0.0,
+    finite_tail: bool = False,
 ) -> Tensor:
     """``act(((conv(x) + bias) - mean) / sqrt(variance + eps) * bn_weight + bn_bias + residual)``, each part optional.
+
+    Args:
+        finite_tail: what lies between x's channels and its pixel stride is finite (zeros, say), so that whole vectors
+            go to the tensor cores as they are.
 
     Returns:
         [N, K, T', H', W'], dense ``channels_last_3d``, rounded once.
@@ -81,7 +90,7 @@ def forward(
         raise ValueError("mean, variance: expected both or neither")
     if mean is None and (bn_weight is not None or bn_bias is not None):
         raise ValueError("bn_weight, bn_bias: expected None without mean and variance")
-    z, plan, packed = _prepare(x, weight, window)
+    z, plan, laid = _prepare(x, weight, window, finite_tail)
     vectors = {
         "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
     }  # fmt: skip
@@ -91,14 +100,14 @@ def forward(
         _check_like("residual", residual, x, tuple(z.shape))
         stride = pixel_stride("residual", residual)
     _conv3d_gemm_fwd_kernel[plan.grid](
-        x, packed, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride, EPS=eps,
+        x, laid, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride, EPS=eps,
         ACTIVATION=activation, SLOPE=negative_slope, **plan.constants,
     )  # fmt: skip
     return z
 
 
 def forward_with_statistics(
-    x: Tensor, weight: Tensor, window: Window
+    x: Tensor, weight: Tensor, window: Window, *, finite_tail: bool = False
 ) -> tuple[Tensor, Tensor, int]:
     """The convolution, and mean and M2 of its rounded values.
 
@@ -107,17 +116,19 @@ def forward_with_statistics(
         part: [tiles, 2, K]; tile i holds rows ``i * ROWS`` and on of the N*T'*H'*W'.
         ROWS: rows of a tile; the last one's may be fewer.
     """
-    y, plan, packed = _prepare(x, weight, window)
+    y, plan, laid = _prepare(x, weight, window, finite_tail)
     rows = plan.constants["BLOCK_M"]
     tiles = triton.cdiv(y.numel() // y.shape[1], rows)
     part = torch.empty(tiles, 2, y.shape[1], dtype=accumulator(y), device=y.device)
     _conv3d_gemm_fwd_kernel[plan.grid](
-        x, packed, y, None, None, None, None, None, None, part, *plan.sizes, **PLAIN, **plan.constants
+        x, laid, y, None, None, None, None, None, None, part, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip
     return y, part, rows
 
 
-def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:
+def dgrad(
+    dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int], *, finite_tail: bool = False
+) -> Tensor:
     """The gradient of x ``[N, C, *sizes]``: a convolution of dy with the taps turned round, C and K exchanged."""
     if max(window.stride) > 1 or (window.replicate and max(*window.before, *window.after) > 0):
         raise ValueError(f"window: expected stride 1 and padding of zeros, got {window}")
@@ -132,11 +143,10 @@ def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> T
         for side in (window.before, window.after)
     )
     turned_window = window._replace(before=before, after=after, replicate=False)
-    dx, plan, packed = _prepare(
-        dy, turned.reshape(groups * c, k // groups, *kernel), turned_window, name="dy"
-    )
+    turned = turned.reshape(groups * c, k // groups, *kernel)
+    dx, plan, laid = _prepare(dy, turned, turned_window, finite_tail, "dy")
     _conv3d_gemm_fwd_kernel[plan.grid](
-        dy, packed, dx, None, None, None, None, None, None, None, *plan.sizes, **PLAIN, **plan.constants
+        dy, laid, dx, None, None, None, None, None, None, None, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip
     return dx
 
@@ -172,14 +182,15 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
 @functools.lru_cache(maxsize=4096)
 def plan_forward(
     arch: str, window: Window, n: int, c: int, k: int, sizes: tuple[int, ...], dtype: torch.dtype,
-    stride: int, readable: int, precision: str,
+    stride: int, readable: int, finite_tail: bool, precision: str,
 ) -> Plan:  # fmt: skip
     """Args:
     c, k: of all groups.
     stride, readable: elements of x a pixel, and those of a group's that may be read, whatever they hold.
     """
     c, k = c // window.groups, k // window.groups
-    config = _config(FORWARD, arch, window, c, k, dtype, {"BLOCK_N": k, "BLOCK_K": c})
+    whole = _is_whole(dtype, stride, c if window.groups > 1 else 0)
+    config = _config(FORWARD, arch, window, c, k, dtype, whole, {"BLOCK_N": k, "BLOCK_K": c})
     output = window.output(sizes)
     rows = _rows(n, output)
     block_m, block_n, block_k = (config[f"BLOCK_{a}"] for a in "MNK")
@@ -187,7 +198,7 @@ def plan_forward(
     programs = triton.cdiv(rows, block_m) * triton.cdiv(k, block_n) * window.groups
     constants = {
         "C": c, "K": k, "WINDOW": window, "READS": _reads(window), "STRIDE_X": stride,
-        "READ": readable if c % block_k else c, "PACKED": packed_channels(c, block_k),
+        "READ": readable, "CLEAN": readable > c and not finite_tail, "PACKED": packed(c, block_k),
         "FINISHED": max(finished, LEAST), "PRECISION": precision,
         "ACC": ACCUMULATORS.get(dtype, tl.float32), **config,
     }  # fmt: skip
@@ -201,7 +212,8 @@ def plan_wgrad(
 ) -> Plan:  # fmt: skip
     """As :func:`plan_forward`; the grid's second axis is the splits of the rows."""
     c, k = c // window.groups, k // window.groups
-    config = _config(WGRAD, arch, window, c, k, dtype, {"BLOCK_N": k, "BLOCK_C": c})
+    whole = _is_whole(dtype, stride_x, stride_dy, *((c, k) if window.groups > 1 else ()))
+    config = _config(WGRAD, arch, window, c, k, dtype, whole, {"BLOCK_N": k, "BLOCK_C": c})
     output = window.output(sizes)
     rows = _rows(n, output)
     taps = math.prod(window.kernel)
@@ -233,8 +245,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def packed_channels(channels: int, block: int) -> int:
-    return triton.cdiv(channels, block) * block
+def packed(extent: int, block: int) -> int:
+    return triton.cdiv(extent, block) * block
 
 
 def pack(weight: Tensor, channels: int) -> Tensor:
@@ -242,9 +254,9 @@ def pack(weight: Tensor, channels: int) -> Tensor:
     k, c, *kernel = weight.shape
     if c == channels:
         return weight.contiguous(memory_format=torch.channels_last_3d)
-    packed = weight.new_zeros(k, *kernel, channels)
-    packed[..., :c] = weight.permute(0, 2, 3, 4, 1)
-    return packed
+    laid = weight.new_zeros(k, *kernel, channels)
+    laid[..., :c] = weight.permute(0, 2, 3, 4, 1)
+    return laid
 
 
 def pixel_stride(name: str, x: Tensor) -> int:
@@ -269,7 +281,7 @@ def pixel_stride(name: str, x: Tensor) -> int:
 
 
 def _prepare(
-    x: Tensor, weight: Tensor, window: Window, name: str = "x"
+    x: Tensor, weight: Tensor, window: Window, finite_tail: bool, name: str = "x"
 ) -> tuple[Tensor, Plan, Tensor]:
     """The last look before pointers are taken; the output, the plan and the weight as the kernel wants it."""
     stride = pixel_stride(name, x)
@@ -279,7 +291,7 @@ def _prepare(
     _require(can_run(window, c, k, x.dtype))
     plan = plan_forward(
         arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype,
-        stride, _readable(x, stride, window.groups), precision(x.dtype),
+        stride, _readable(x, stride, window.groups), finite_tail, precision(x.dtype),
     )  # fmt: skip
     z = torch.empty(
         n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
@@ -290,24 +302,45 @@ def _prepare(
 def _readable(x: Tensor, stride: int, groups: int) -> int:
     """Channels of a group that may be read: up to a whole vector, where the pixel and the storage have room for it."""
     c = x.shape[1] // groups
+    if groups > 1 or not _is_whole(x.dtype, stride) or x.numel() == 0:
+        return c
     vector = VECTOR // x.element_size()
     whole = triton.cdiv(c, vector) * vector
-    if groups > 1 or stride % vector or x.numel() == 0:
-        return c
     end = x.storage_offset() + (x.numel() // c - 1) * stride + whole
     return whole if end * x.element_size() <= x.untyped_storage().nbytes() else c
 
 
+def _is_whole(dtype: torch.dtype, *strides: int) -> bool:
+    """Whether rows at multiples of these strides are loaded by whole vectors."""
+    return not any(stride * dtype.itemsize % VECTOR for stride in strides)
+
+
 def _config(
-    kernel: str, arch: str, window: Window, c: int, k: int, dtype: torch.dtype, extents: dict[str, int]
+    kernel: str, arch: str, window: Window, c: int, k: int, dtype: torch.dtype, whole: bool,
+    extents: dict[str, int],
 ) -> dict[str, int]:  # fmt: skip
     """The shipped config, its tile no larger than its extents."""
-    taps = math.prod(window.kernel)
-    key = (("channels", c), ("filters", k), ("itemsize", dtype.itemsize), ("taps", taps))
+    key: _tuning.Key = (
+        ("channels", c), ("filters", _unpadded(k)), ("itemsize", dtype.itemsize), ("taps", math.prod(window.kernel)),
+        ("vectors", "whole" if whole else "partial"),
+    )  # fmt: skip
     config = dict(_tuning.config(OP, kernel, arch, key))
     for name, extent in extents.items():
         config[name] = min(config[name], max(LEAST, triton.next_power_of_2(extent)))
+    if "BLOCK_K" in config and _wastes(c, config["BLOCK_K"]):
+        config["BLOCK_K"] //= 2
     return config
+
+
+def _wastes(extent: int, block: int) -> bool:
+    """Whether blocks of half the size would leave a fifth less of the work to padding."""
+    half = block // 2
+    return half >= LEAST and packed(extent, block) >= 1.2 * packed(extent, half)
+
+
+def _unpadded(filters: int) -> int:
+    """K as the configs know it: tiles of 128 stand half empty at 144, where 64 is the better row."""
+    return 64 if filters > 64 and _wastes(filters, 128) else filters
 
 
 def _rows(n: int, output: Sequence[int]) -> int:

@@ -31,7 +31,9 @@ def _decode(row, TO, HO, WO):
 def _inside(at, size, BEFORE: tl.constexpr, AFTER: tl.constexpr):
     """Whether a coordinate is on the map; an axis without padding cannot leave it."""
     if BEFORE > 0 or AFTER > 0:
-        return (at >= 0) & (at < size)
+        return at.to(tl.uint32) < size.to(
+            tl.uint32
+        )  # one comparison: what is negative becomes large
     else:
         return at == at
 
@@ -195,6 +197,7 @@ def _conv3d_gemm_fwd_kernel(
     T, H, W, TO, HO, WO, M,
     C: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, READS: tl.constexpr,  # C and K of a group
     STRIDE_X: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, READ: tl.constexpr, PACKED: tl.constexpr,
+    CLEAN: tl.constexpr,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FINISHED: tl.constexpr,
@@ -256,7 +259,7 @@ def _conv3d_gemm_fwd_kernel(
             a = tl.load(a_ptrs, mask=(first + offs_k < READ)[None, :], other=0.0)
         else:
             a = tl.load(a_ptrs)
-        if READ > C:  # whole vectors were read: what lies past C may be anything, NaN too
+        if CLEAN:  # whole vectors were read: what lies past C may be anything, NaN too
             a = tl.where((first + offs_k < C)[None, :], a, 0.0)
         b = tl.load(w_ptrs + step * BLOCK_K)
         acc = dot(a, b, acc, PRECISION)

@@ -14,28 +14,45 @@ from .gemm_kernels import _clamped, _decode, _inside, _pixel
 
 
 @triton.jit
-def _x_tile(
-    x_ptr, pixel, row, n, t, h, w, T, H, W, tap, offs_c, mask_m, C, READ: tl.constexpr,
-    WINDOW: tl.constexpr, READS: tl.constexpr, STRIDE_X: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """x [BLOCK_M, BLOCK_C] as one tap meets it."""
+def _carry(at, step, end, span):
+    """One digit of a row's place moved on: the digit, and whether it passed its end."""
+    at += step
+    carry = (at >= end).to(tl.int32)
+    return at - carry * span, carry
+
+
+@triton.jit
+def _tap(first, NEXT: tl.constexpr, WINDOW: tl.constexpr, SHARE: tl.constexpr):
+    """kt, kh, kw of the tap NEXT after a program's first; past the last tap, of the last: read, but not stored."""
     KH: tl.constexpr = WINDOW.kernel[1]
     KW: tl.constexpr = WINDOW.kernel[2]
-    kt = tap // (KH * KW)
-    kh = tap // KW % KH
-    kw = tap % KW
+    if KW % SHARE == 0:  # of one row of taps, seen to share kt and kh
+        return first // (KH * KW), first // KW % KH, first % KW + NEXT
+    else:
+        tap = tl.minimum(first + NEXT, WINDOW.kernel[0] * KH * KW - 1)
+        return tap // (KH * KW), tap // KW % KH, tap % KW
+
+
+@triton.jit
+def _x_tile(
+    x_ptr, pixel, n, t, h, w, mask_m, first_tap, offs_c, T, H, W, NEXT: tl.constexpr, SHARE: tl.constexpr,
+    C: tl.constexpr, READ: tl.constexpr, WINDOW: tl.constexpr, READS: tl.constexpr, STRIDE_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_M, BLOCK_C] as one tap meets it; t, h, w are where tap (0, 0, 0) falls."""
+    kt, kh, kw = _tap(first_tap, NEXT, WINDOW, SHARE)
     valid = mask_m
     if READS == "clamped":
         pixel = _clamped(n, t, h, w, kt, kh, kw, T, H, W, WINDOW)
     else:
-        dt = kt * WINDOW.dilation[0]
-        dh = kh * WINDOW.dilation[1]
-        dw = kw * WINDOW.dilation[2]
-        x_ptr += _pixel(0, dt.to(tl.int64), dh, dw, T, H, W) * STRIDE_X
+        kt *= WINDOW.dilation[0]
+        kh *= WINDOW.dilation[1]
+        kw *= WINDOW.dilation[2]
+        x_ptr += _pixel(0, kt.to(tl.int64), kh, kw, T, H, W) * STRIDE_X
         if READS == "masked":
-            valid &= _inside(t + dt, T, WINDOW.before[0], WINDOW.after[0])
-            valid &= _inside(h + dh, H, WINDOW.before[1], WINDOW.after[1])
-            valid &= _inside(w + dw, W, WINDOW.before[2], WINDOW.after[2])
+            valid &= _inside(t + kt, T, WINDOW.before[0], WINDOW.after[0])
+            valid &= _inside(h + kh, H, WINDOW.before[1], WINDOW.after[1])
+            valid &= _inside(w + kw, W, WINDOW.before[2], WINDOW.after[2])
     mask = valid[:, None]
     if C % BLOCK_C != 0:
         mask = mask & (offs_c < READ)[None, :]
@@ -70,58 +87,57 @@ def _conv3d_gemm_wgrad_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     start = split * chunk
     end = tl.minimum(start + chunk, M)
-    n, t, h, w = _decode(start + offs_m, TO, HO, WO)
-    # BLOCK_M as an output pixel's coordinates: the loop moves rows on by adding it, with carries, not by division.
+    row = start + offs_m
+    n, t, h, w = _decode(row, TO, HO, WO)
+    t = t * WINDOW.stride[0] - WINDOW.before[0]
+    h = h * WINDOW.stride[1] - WINDOW.before[1]
+    w = w * WINDOW.stride[2] - WINDOW.before[2]
+    # BLOCK_M rows as a place on x's map: the loop moves rows on by adding it, with carries, not by division.
     step_n, step_t, step_h, step_w = _decode(BLOCK_M, TO, HO, WO)
+    step_t *= WINDOW.stride[0]
+    step_h *= WINDOW.stride[1]
+    step_w *= WINDOW.stride[2]
+    span_t = TO * WINDOW.stride[0]
+    span_h = HO * WINDOW.stride[1]
+    span_w = WO * WINDOW.stride[2]
 
     x_ptr += group * C
     dy_ptr += start.to(tl.int64) * STRIDE_DY + group * K
     dy_offs = offs_m[:, None] * STRIDE_DY + offs_n[None, :]
-    last = TAPS - 1
     acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     acc_1 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     acc_2 = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
     for first in range(start, end, BLOCK_M):
-        row = first + offs_m
-        mask_m = row < end
+        mask_m = first + offs_m < end
         mask_dy = mask_m[:, None]
         if K % BLOCK_N != 0:
             mask_dy = mask_dy & (offs_n < READ_DY)[None, :]
         dy = tl.trans(tl.load(dy_ptr + dy_offs, mask=mask_dy, other=0.0))
-        at_t = t * WINDOW.stride[0] - WINDOW.before[0]
-        at_h = h * WINDOW.stride[1] - WINDOW.before[1]
-        at_w = w * WINDOW.stride[2] - WINDOW.before[2]
-        at_n = n.to(INDEX)
+        at = n.to(INDEX)
         if READS == "rows":
-            pixel = row.to(INDEX)
+            pixel = (first + offs_m).to(INDEX)
         else:
-            pixel = _pixel(at_n, at_t, at_h, at_w, T, H, W)
+            pixel = _pixel(at, t, h, w, T, H, W)
         x = _x_tile(
-            x_ptr, pixel, row, at_n, at_t, at_h, at_w, T, H, W, tap, offs_c, mask_m, C, READ_X,
-            WINDOW, READS, STRIDE_X, BLOCK_C,
+            x_ptr, pixel, at, t, h, w, mask_m, tap, offs_c,
+            T, H, W, 0, SHARE, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,
         )  # fmt: skip
         acc = dot(dy, x, acc, PRECISION)
         if SHARE > 1:
             x = _x_tile(
-                x_ptr, pixel, row, at_n, at_t, at_h, at_w, T, H, W, tl.minimum(tap + 1, last),
-                offs_c, mask_m, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,
+                x_ptr, pixel, at, t, h, w, mask_m, tap, offs_c,
+                T, H, W, 1, SHARE, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,
             )  # fmt: skip
             acc_1 = dot(dy, x, acc_1, PRECISION)
         if SHARE > 2:
             x = _x_tile(
-                x_ptr, pixel, row, at_n, at_t, at_h, at_w, T, H, W, tl.minimum(tap + 2, last),
-                offs_c, mask_m, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,
+                x_ptr, pixel, at, t, h, w, mask_m, tap, offs_c,
+                T, H, W, 2, SHARE, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,
             )  # fmt: skip
             acc_2 = dot(dy, x, acc_2, PRECISION)
-        w += step_w
-        carry = (w >= WO).to(tl.int32)
-        w -= carry * WO
-        h += step_h + carry
-        carry = (h >= HO).to(tl.int32)
-        h -= carry * HO
-        t += step_t + carry
-        carry = (t >= TO).to(tl.int32)
-        t -= carry * TO
+        w, carry = _carry(w, step_w, span_w - WINDOW.before[2], span_w)
+        h, carry = _carry(h, step_h + carry * WINDOW.stride[1], span_h - WINDOW.before[1], span_h)
+        t, carry = _carry(t, step_t + carry * WINDOW.stride[0], span_t - WINDOW.before[0], span_t)
         n += step_n + carry
         dy_ptr += BLOCK_M * STRIDE_DY
 
