@@ -1,9 +1,20 @@
 """Drop-in modules, one file an operator."""
 
-from .conv import ConvBNAct3d
+from .conv import ConvAct3d, ConvBNAct3d
+from .conv_causal import CausalConvBNAct3d
+from .conv_transpose import ConvTransposeBNAct3d
 from .gru import GRU
 from .lstm import LSTM
 from .pyramid_pool import PyramidPool3d
 from .rnn import RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "ConvBNAct3d", "PyramidPool3d"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "CausalConvBNAct3d",
+    "ConvAct3d",
+    "ConvBNAct3d",
+    "ConvTransposeBNAct3d",
+    "PyramidPool3d",
+]

@@ -1,4 +1,4 @@
-"""``ConvBNAct3d``: Conv3d, BatchNorm3d, an optional residual and the activation as one module."""
+"""``ConvBNAct3d`` and ``ConvAct3d``: Conv3d, BatchNorm3d, an optional residual and the activation as one module."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.conv3d_bn_act import conv3d_bn_act
+from ..ops.conv3d_bn_act import conv3d_act, conv3d_bn_act
+from ._conv import (
+    ActivatedConv,
+    activation_of,
+    are_pairs,
+    batch_norm,
+    check_modules,
+    check_padding_mode,
+    padding_of,
+)
 
-_ACTIVATIONS: dict[str, Any] = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+Ints = int | tuple[int, int, int]
 
 
-class ConvBNAct3d(nn.Module):
+class ConvBNAct3d(ActivatedConv):
     """``activation(bn(conv(x)) + residual)`` through :func:`sora_kernels.conv3d_bn_act`.
 
     The children ``conv`` (``nn.Conv3d``) and ``bn`` (``nn.BatchNorm3d``) own every parameter and buffer, so that the
-    state dict is that of the two modules. They are never called: their hooks do not run.
+    state dict is that of the two modules. They are never called: their hooks do not run. Where
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` has put its module for ``bn``, the ranks of its group share statistics.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
@@ -34,14 +44,16 @@ class ConvBNAct3d(nn.Module):
         nn.Sequential(nn.Conv3d(...), nn.BatchNorm3d(out_channels), nn.ReLU())
     """
 
+    conv: nn.Conv3d
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
+        kernel_size: Ints,
+        stride: Ints = 1,
         padding: Any = 0,
-        dilation: int | tuple[int, int, int] = 1,
+        dilation: Ints = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -57,42 +69,20 @@ class ConvBNAct3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if padding_mode not in ("zeros", "replicate"):
-            raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', got {padding_mode!r}")
-        if activation not in (*_ACTIVATIONS, None):
-            raise ValueError(
-                f"activation: expected one of {(*_ACTIVATIONS, None)}, got {activation!r}"
-            )
-        pairs = not isinstance(padding, (int, str)) and any(not isinstance(p, int) for p in padding)
-        factory = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv3d(
-            in_channels, out_channels, kernel_size, stride, 0 if pairs else padding, dilation, groups, bias,
-            cast(Any, padding_mode), **factory,
+        conv, self.padding = _conv(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
         )  # fmt: skip
-        self.bn = nn.BatchNorm3d(
-            out_channels, eps, momentum, affine, track_running_stats, **factory
+        self._set(conv, activation, negative_slope, backend)
+        self.bn: nn.BatchNorm3d | nn.SyncBatchNorm = nn.BatchNorm3d(
+            out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        self.activation = activation
-        self.negative_slope = negative_slope
-        self.backend = backend
-        self._set_padding(tuple(map(tuple, padding)) if pairs else None)
-
-    def _set_padding(self, pairs: Any) -> None:
-        conv = self.conv
-        if pairs is not None:
-            self.padding: Any = pairs
-        elif isinstance(conv.padding, str):
-            # nn.Conv3d keeps "same" as a word and its sides, innermost first, in a private list.
-            sides = conv._reversed_padding_repeated_twice
-            self.padding = tuple((sides[i], sides[i + 1]) for i in (4, 2, 0))
-        else:
-            self.padding = conv.padding
 
     @classmethod
     def from_modules(
         cls,
         conv: nn.Conv3d,
-        bn: nn.BatchNorm3d,
+        bn: nn.BatchNorm3d | nn.SyncBatchNorm,
         act: nn.Module | None = None,
         *,
         backend: str | None = None,
@@ -103,49 +93,87 @@ class ConvBNAct3d(nn.Module):
             conv, bn: become the children; their training flags and parameters stay theirs.
             act: ``nn.ReLU``, ``nn.SiLU``, ``nn.LeakyReLU``, ``nn.Identity`` or None.
         """
-        if not isinstance(conv, nn.Conv3d):
-            raise TypeError(f"conv: expected nn.Conv3d, got {type(conv).__name__}")
-        if not isinstance(bn, nn.BatchNorm3d):
-            raise TypeError(f"bn: expected nn.BatchNorm3d, got {type(bn).__name__}")
-        if bn.num_features != conv.out_channels:
-            raise ValueError(f"bn: expected {conv.out_channels} features, got {bn.num_features}")
-        if conv.padding_mode not in ("zeros", "replicate"):
-            raise ValueError(
-                f"conv: expected padding_mode 'zeros' or 'replicate', got {conv.padding_mode!r}"
-            )
-        activation = None
-        if act is not None and not isinstance(act, nn.Identity):
-            names = [name for name, kind in _ACTIVATIONS.items() if isinstance(act, kind)]
-            if not names:
-                raise TypeError(f"act: expected ReLU, SiLU, LeakyReLU or None, got {act!r}")
-            activation = names[0]
+        check_modules(conv, nn.Conv3d, bn)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module.conv, module.bn = conv, bn
-        module.activation = activation
-        module.negative_slope = getattr(act, "negative_slope", 0.01)
-        module.backend = backend
-        module._set_padding(None)
+        module._set(conv, *activation_of(act), backend)
+        module.bn, module.padding = bn, padding_of(conv)
         return module.train(bn.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, bn = self.conv, self.bn
-        training = bn.training and bn.track_running_stats
-        momentum = bn.momentum
-        if training and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            if momentum is None:
-                # A cumulative average needs its count on the host; nn.BatchNorm3d reads it too.
-                momentum = 1.0 / float(bn.num_batches_tracked)
-        tracked = training or not bn.training
+        return self._run(x, residual, self.padding)
+
+    def _run(self, x: Tensor, residual: Tensor | None, padding: Any) -> Tensor:
+        conv = self.conv
         return conv3d_bn_act(
             x,
             conv.weight,
-            bn.weight,
-            bn.bias,
-            bn.running_mean if tracked else None,
-            bn.running_var if tracked else None,
             bias=conv.bias,
+            residual=residual,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            stride=conv.stride,
+            padding=padding,
+            padding_mode=conv.padding_mode,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            backend=self.backend,
+            **batch_norm(self.bn),
+        )
+
+
+class ConvAct3d(ActivatedConv):
+    """``activation(conv(x) + residual)`` through :func:`sora_kernels.conv3d_act`: no normalisation.
+
+    The child ``conv`` (``nn.Conv3d``) owns the parameters and is never called. The arguments and shapes are those of
+    :class:`ConvBNAct3d`.
+    """
+
+    conv: nn.Conv3d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Any = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: str | None = "relu",
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv, self.padding = _conv(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        self._set(conv, activation, negative_slope, backend)
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Conv3d, act: nn.Module | None = None, *, backend: str | None = None
+    ) -> ConvAct3d:
+        """The same computation over the same Parameter objects, as :meth:`ConvBNAct3d.from_modules`."""
+        check_modules(conv, nn.Conv3d, None)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._set(conv, *activation_of(act), backend)
+        module.padding = padding_of(conv)
+        return module.train(conv.training)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv
+        return conv3d_act(
+            x,
+            conv.weight,
+            conv.bias,
             residual=residual,
             activation=self.activation,
             negative_slope=self.negative_slope,
@@ -154,13 +182,19 @@ class ConvBNAct3d(nn.Module):
             padding_mode=conv.padding_mode,
             dilation=conv.dilation,
             groups=conv.groups,
-            training=bn.training,
-            momentum=0.0 if momentum is None else momentum,
-            eps=bn.eps,
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        chosen = f", backend={self.backend!r}" if self.backend else ""
-        return f"activation={self.activation!r}{slope}{chosen}"
+
+def _conv(
+    in_channels: int, out_channels: int, kernel_size: Ints, stride: Ints, padding: Any, dilation: Ints,
+    groups: int, bias: bool, padding_mode: str, device: Any, dtype: torch.dtype | None,
+) -> tuple[nn.Conv3d, Any]:  # fmt: skip
+    """The child, and the padding as the operator takes it."""
+    check_padding_mode("padding_mode: expected ", padding_mode)
+    pairs = are_pairs(padding)
+    conv = nn.Conv3d(
+        in_channels, out_channels, kernel_size, stride, 0 if pairs else padding, dilation, groups, bias,
+        cast(Any, padding_mode), device=device, dtype=dtype,
+    )  # fmt: skip
+    return conv, tuple(map(tuple, padding)) if pairs else padding_of(conv)

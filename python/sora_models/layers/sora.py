@@ -5,6 +5,22 @@ A name that is not here yet makes every model that needs it raise one clear erro
 
 from __future__ import annotations
 
-from sora_kernels.nn import GRU, LSTM, RNN, ConvBNAct3d, PyramidPool3d
+from sora_kernels.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    ConvAct3d,
+    ConvBNAct3d,
+    ConvTransposeBNAct3d,
+    PyramidPool3d,
+)
 
-__all__ = ["GRU", "LSTM", "RNN", "ConvBNAct3d", "PyramidPool3d"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ConvAct3d",
+    "ConvBNAct3d",
+    "ConvTransposeBNAct3d",
+    "PyramidPool3d",
+]
