@@ -22,6 +22,19 @@ from .elementwise import _activate
 Triple = tuple[int, int, int]
 
 
+class Element(NamedTuple):
+    """An element of x that a lane loads.
+
+    Attributes:
+        t, w: where, from the lane's first.
+        uses: the lane's (output, tap) that it is for.
+    """
+
+    t: int
+    w: int
+    uses: list[tuple[int, int]]
+
+
 class Walk(NamedTuple):
     """What the kernels are specialised for besides the epilogue.
 
@@ -52,6 +65,11 @@ class Walk(NamedTuple):
         """Sets of taps that are worked on together."""
         return self.kernel[1] * (self.kernel[2] // self.taps_w)
 
+    @property
+    def elements(self) -> list[Element]:
+        """What a lane loads for one set of taps. Triton's own cache does not see a change of this code: clear it."""
+        return _elements(self)
+
 
 @functools.lru_cache(maxsize=256)
 def _reach(outputs: int, taps: int, stride: int, dilation: int) -> dict[int, list[tuple[int, int]]]:
@@ -69,13 +87,11 @@ def shares(outputs: int, taps: int, stride: int, dilation: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _elements(walk: Walk) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """The elements that a lane loads for one row of taps: offsets in time and along w, and the
-    (output, tap) pairs that each is for."""
+def _elements(walk: Walk) -> list[Element]:
     times = _reach(walk.frames, walk.kernel[0], walk.stride[0], walk.dilation[0])
     columns = _reach(walk.columns, walk.taps_w, walk.stride[2], walk.dilation[2])
     return [
-        (t, w, [(f * walk.columns + c, kt * walk.taps_w + kw) for f, kt in ts for c, kw in ws])
+        Element(t, w, [(f * walk.columns + c, kt * walk.taps_w + kw) for f, kt in ts for c, kw in ws])
         for t, ts in times.items()
         for w, ws in columns.items()
     ]
@@ -83,32 +99,32 @@ def _elements(walk: Walk) -> list[tuple[int, int, list[tuple[int, int]]]]:
 
 @triton.constexpr_function
 def element_count(walk):
-    return len(_elements(walk))
+    return len(walk.elements)
 
 
 @triton.constexpr_function
 def element_t(walk, e):
-    return _elements(walk)[e][0]
+    return walk.elements[e].t
 
 
 @triton.constexpr_function
 def element_w(walk, e):
-    return _elements(walk)[e][1]
+    return walk.elements[e].w
 
 
 @triton.constexpr_function
 def use_count(walk, e):
-    return len(_elements(walk)[e][2])
+    return len(walk.elements[e].uses)
 
 
 @triton.constexpr_function
 def use_output(walk, e, use):
-    return _elements(walk)[e][2][use][0]
+    return walk.elements[e].uses[use][0]
 
 
 @triton.constexpr_function
 def use_tap(walk, e, use):
-    return _elements(walk)[e][2][use][1]
+    return walk.elements[e].uses[use][1]
 
 
 @triton.constexpr_function
@@ -232,6 +248,7 @@ def _conv3d_depthwise_fwd_kernel(
     STATISTICS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    KT: tl.constexpr = WALK.kernel[0]
     TAPS_W: tl.constexpr = WALK.taps_w
     CHUNKS: tl.constexpr = WALK.kernel[2] // TAPS_W
     OUTPUTS: tl.constexpr = WALK.frames * WALK.columns
@@ -250,7 +267,7 @@ def _conv3d_depthwise_fwd_kernel(
         kh = piece // CHUNKS
         kw = piece % CHUNKS * TAPS_W
         weights = ()
-        for kt in tl.static_range(WALK.kernel[0]):
+        for kt in tl.static_range(KT):
             for k in tl.static_range(TAPS_W):
                 tap = (kt * WALK.kernel[1] + kh) * WALK.kernel[2] + kw + k
                 at = weight_ptr + tap * WALK.readable + channels
@@ -355,9 +372,11 @@ def _conv3d_depthwise_wgrad_kernel(
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program sums one row of taps over ``repeats`` tiles of lanes; rows of taps run side by side, on the same x."""
+    KT: tl.constexpr = WALK.kernel[0]
     TAPS_W: tl.constexpr = WALK.taps_w
     CHUNKS: tl.constexpr = WALK.kernel[2] // TAPS_W
-    TAPS: tl.constexpr = WALK.kernel[0] * WALK.kernel[1] * WALK.kernel[2]
+    TAPS: tl.constexpr = KT * WALK.kernel[1] * WALK.kernel[2]
+    OUTPUTS: tl.constexpr = WALK.frames * WALK.columns
     pid = tl.program_id(0)
     piece = pid % piece_count(WALK)
     chunk = (pid // piece_count(WALK)).to(INDEX)
@@ -366,13 +385,13 @@ def _conv3d_depthwise_wgrad_kernel(
     frame = H.to(tl.int64) * W
     lane, channels = _tile(chunk * repeats * BLOCK_L, BLOCK_L, BLOCK_C, False, INDEX, WALK)
 
-    acc = _zeros(channels, WALK.kernel[0] * TAPS_W, ACC)
+    acc = _zeros(channels, KT * TAPS_W, ACC)
     for _ in range(0, repeats):
         inside = _mask_readable(lane < lanes, channels, BLOCK_C, WALK)
         n, to, ho, wo = _decode(lane, lanes, TO, HO, WO, WALK)
         grads = ()
         masks = ()
-        for k in tl.static_range(WALK.frames * WALK.columns):
+        for k in tl.static_range(OUTPUTS):
             to_k = to + k // WALK.columns
             wo_k = wo + k % WALK.columns
             mask = (to_k < TO) & (wo_k < WO) & inside
@@ -402,7 +421,7 @@ def _conv3d_depthwise_wgrad_kernel(
 
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     part_ptr += chunk.to(tl.int64) * TAPS * WALK.channels
-    for k in tl.static_range(WALK.kernel[0] * TAPS_W):
+    for k in tl.static_range(KT * TAPS_W):
         tap = (k // TAPS_W * WALK.kernel[1] + piece // CHUNKS) * WALK.kernel[2]
         tap += piece % CHUNKS * TAPS_W + k % TAPS_W
         at = part_ptr + tap * WALK.channels + columns
