@@ -30,10 +30,7 @@ VECTOR = 16  # bytes of the widest load
 MERGED_TILES = 256  # statistics that one program merges
 FILL = 1024  # programs of wgrad at most: its partial sums are no more
 WIDEST = (1 << 31) - (1 << 20)  # beyond, lanes are numbered in int64; the rest is room for a tile
-PLAIN = {
-    "HAS_BIAS": False, "HAS_BN": False, "HAS_BN_WEIGHT": False, "HAS_BN_BIAS": False,
-    "HAS_RESIDUAL": False, "EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0,
-}  # fmt: skip
+PLAIN = {"EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0}
 
 
 class Plan(NamedTuple):
@@ -101,14 +98,10 @@ def forward(
         "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
     }  # fmt: skip
     _check_vectors(z, vectors)
-    flags = {
-        "HAS_BIAS": bias is not None, "HAS_BN": mean is not None,
-        "HAS_BN_WEIGHT": bn_weight is not None, "HAS_BN_BIAS": bn_bias is not None,
-        "HAS_RESIDUAL": residual is not None, "EPS": eps, "ACTIVATION": activation, "SLOPE": negative_slope,
-    }  # fmt: skip
+    epilogue = {"EPS": eps, "ACTIVATION": activation, "SLOPE": negative_slope}
     if residual is not None:
         _check_like("residual", residual, x, tuple(z.shape))
-    _run(x, weight, window, z, _dense(z), list(z.shape[2:]), residual, tuple(vectors.values()), flags)  # fmt: skip
+    _run(x, weight, window, z, _dense(z), list(z.shape[2:]), residual, tuple(vectors.values()), epilogue)  # fmt: skip
     return z
 
 
@@ -217,7 +210,7 @@ def plan_forward(
         work, columns = 1, triton.cdiv(walk.channels, block_c)
     lanes = _lanes(walk, n, output)
     constants = {
-        "WALK": walk, "STATISTICS": statistics, **config, "BLOCK_C": block_c,
+        "WALK": walk, **config, "BLOCK_C": block_c,
         "INDEX": tl.int64 if lanes * work >= WIDEST else tl.int32,
         "ACC": ACCUMULATORS.get(dtype, tl.float32),
     }  # fmt: skip
@@ -285,7 +278,7 @@ def _classes(window: Window, axis: int, size: int) -> Iterator[_Class]:
 
 def _run(
     x: Tensor, weight: Tensor, window: Window, z: Tensor, placed: Placed, output: list[int],
-    residual: Tensor | None, vectors: tuple[Tensor | None, ...], flags: dict[str, Any],
+    residual: Tensor | None, vectors: tuple[Tensor | None, ...], epilogue: dict[str, Any],
     statistics: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """The forward kernel; returns the tiles' statistics."""
@@ -303,7 +296,7 @@ def _run(
     if statistics:
         part = torch.empty(plan.grid[0], 3, channels, dtype=accumulator(x), device=x.device)
     kernels._conv3d_depthwise_fwd_kernel[plan.grid](
-        x, packed, z, residual, *vectors, part, *plan.sizes, **flags, **plan.constants
+        x, packed, z, residual, *vectors, part, *plan.sizes, **epilogue, **plan.constants
     )
     return part
 

@@ -240,20 +240,18 @@ def _conv3d_depthwise_fwd_kernel(
     z_ptr,  # [N, T', H', W', C] within a dense tensor: strides in pixels, to write every second pixel
     residual_ptr,  # [N, T', H', W', C], pixel_y elements a pixel
     bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,  # [C]
-    part_ptr,  # [tiles, 3, C]: count, mean and M2 of a tile's outputs
+    part_ptr,  # [tiles, 3, C]: count, mean and M2 of a tile's outputs; None for the affine epilogue
     lanes, T, H, W, TO, HO, WO, start_z, stride_n, stride_t, stride_h, stride_w,
     WALK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BN: tl.constexpr, HAS_BN_WEIGHT: tl.constexpr, HAS_BN_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    STATISTICS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     KT: tl.constexpr = WALK.kernel[0]
     TAPS_W: tl.constexpr = WALK.taps_w
     CHUNKS: tl.constexpr = WALK.kernel[2] // TAPS_W
     OUTPUTS: tl.constexpr = WALK.frames * WALK.columns
     first = tl.program_id(0).to(INDEX) * BLOCK_L
-    lane, channels = _tile(first, BLOCK_L, BLOCK_C, not STATISTICS, INDEX, WALK)
+    lane, channels = _tile(first, BLOCK_L, BLOCK_C, part_ptr is None, INDEX, WALK)
     n, to, ho, wo = _decode(lane, lanes, TO, HO, WO, WALK)
     t = to * WALK.stride[0] - WALK.before[0]
     h = ho * WALK.stride[1] - WALK.before[1]
@@ -293,15 +291,15 @@ def _conv3d_depthwise_fwd_kernel(
                 )
 
     mask_c = channels < WALK.channels
-    if not STATISTICS:
-        if HAS_BIAS:
+    if part_ptr is None:
+        if bias_ptr is not None:
             conv_bias = _vector(bias_ptr, channels, mask_c, ACC)
-        if HAS_BN:
+        if mean_ptr is not None:
             mean = _vector(mean_ptr, channels, mask_c, ACC)
             scale = 1.0 / tl.sqrt(_vector(variance_ptr, channels, mask_c, ACC) + EPS)
-            if HAS_BN_WEIGHT:
+            if bn_weight_ptr is not None:
                 scale *= _vector(bn_weight_ptr, channels, mask_c, ACC)
-            if HAS_BN_BIAS:
+            if bn_bias_ptr is not None:
                 bn_bias = _vector(bn_bias_ptr, channels, mask_c, ACC)
     stored = ()
     masks = ()
@@ -311,14 +309,14 @@ def _conv3d_depthwise_fwd_kernel(
         mask_l = (lane < lanes) & (to_k < TO) & (wo_k < WO)
         mask = mask_l & mask_c
         out = acc[k]
-        if not STATISTICS:
-            if HAS_BIAS:
+        if part_ptr is None:
+            if bias_ptr is not None:
                 out += conv_bias
-            if HAS_BN:
+            if mean_ptr is not None:
                 out = (out - mean) * scale
-                if HAS_BN_BIAS:
+                if bn_bias_ptr is not None:
                     out += bn_bias
-            if HAS_RESIDUAL:
+            if residual_ptr is not None:
                 at = ((n * TO + to_k) * HO + ho) * WO + wo_k
                 at = at * WALK.pixel_y + channels
                 out += tl.load(residual_ptr + at, mask=mask, other=0.0).to(ACC)
@@ -328,7 +326,7 @@ def _conv3d_depthwise_fwd_kernel(
         tl.store(z_ptr + (at * WALK.channels + channels), out, mask=mask)
         stored = stored + (out.to(ACC),)
         masks = masks + (mask_l,)
-    if STATISTICS:
+    if part_ptr is not None:
         columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         _store_statistics(stored, masks, part_ptr, columns, WALK, ACC)
 
