@@ -132,19 +132,12 @@ def dgrad(
     """The gradient of x ``[N, C, *sizes]``: a convolution of dy with the taps turned round, C and K exchanged."""
     if max(window.stride) > 1 or (window.replicate and max(*window.before, *window.after) > 0):
         raise ValueError(f"window: expected stride 1 and padding of zeros, got {window}")
-    if window.output(sizes) != list(dy.shape[2:]):
-        raise ValueError(f"dy: expected sizes {window.output(sizes)} for x's {list(sizes)}, got {tuple(dy.shape)}")  # fmt: skip
-    groups = window.groups
     k, c, *kernel = weight.shape
+    _check_like("dy", dy, weight, (dy.shape[0], k, *window.output(sizes)))
+    groups = window.groups
     turned = weight.reshape(groups, k // groups, c, *kernel).transpose(1, 2).flip(3, 4, 5)
-    reach = [d * (n - 1) for d, n in zip(window.dilation, window.kernel, strict=True)]
-    before, after = (
-        tuple(r - p for r, p in zip(reach, side, strict=True))
-        for side in (window.before, window.after)
-    )
-    turned_window = window._replace(before=before, after=after, replicate=False)
     turned = turned.reshape(groups * c, k // groups, *kernel)
-    dx, plan, laid = _prepare(dy, turned, turned_window, finite_tail, "dy")
+    dx, plan, laid = _prepare(dy, turned, _turned(window), finite_tail, "dy")
     _conv3d_gemm_fwd_kernel[plan.grid](
         dy, laid, dx, None, None, None, None, None, None, None, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip
@@ -177,6 +170,16 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
             part, dw, dw.numel(), splits, ACC=plan.constants["ACC"], **config
         )
     return dw
+
+
+@functools.lru_cache(maxsize=4096)
+def _turned(window: Window) -> Window:
+    """The window of the convolution of dy that gives dx: what a side has of padding, the other reaches less far."""
+    before, after = (
+        tuple(d * (n - 1) - p for d, n, p in zip(window.dilation, window.kernel, side, strict=True))
+        for side in (window.before, window.after)
+    )
+    return window._replace(before=before, after=after, replicate=False)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)

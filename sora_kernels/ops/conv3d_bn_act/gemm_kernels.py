@@ -135,11 +135,14 @@ def _affine_act(
 
 @triton.jit
 def _store_statistics(y, part_ptr, left, mask_m, filters, mask_n, FILTERS: tl.constexpr):
-    """Mean and M2 of the tile's rows."""
-    mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / left.to(y.dtype)
+    """Mean and M2 of the tile's rows; the mean in two steps, for under a large one a sum's rounding shows."""
+    rows = left.to(y.dtype)
+    mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / rows
     delta = tl.where(mask_m, y - mean[None, :], 0.0)
-    tl.store(part_ptr + filters, mean, mask=mask_n)
-    tl.store(part_ptr + FILTERS + filters, tl.sum(delta * delta, axis=0), mask=mask_n)
+    off = tl.sum(delta, axis=0) / rows
+    tl.store(part_ptr + filters, mean + off, mask=mask_n)
+    m2 = tl.sum(delta * delta, axis=0) - rows * off * off
+    tl.store(part_ptr + FILTERS + filters, m2, mask=mask_n)
 
 
 @triton.jit
