@@ -9,6 +9,7 @@ from . import nn
 from ._dispatch import BackendError, explain
 from ._native import build_info
 from ._version import __version__
+from .adopt import save_memory
 from .ops import (
     conv3d_act,
     conv3d_bn_act,
@@ -32,4 +33,5 @@ __all__ = [
     "nn",
     "pyramid_pool3d",
     "rnn",
+    "save_memory",
 ]

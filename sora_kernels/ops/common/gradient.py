@@ -31,7 +31,7 @@ class Pair(NamedTuple):
     Attributes:
         forward: ``(tensors, flags, tapes, backend) -> outputs + tapes`` through the registered op;
             ``tapes=False`` says that no backward will come.
-        save: ``(tensors, results, flags) -> saved``. The first ``len(tensors)`` entries stand for the inputs
+        save: ``(tensors, results, flags, backend) -> saved``. The first ``len(tensors)`` entries stand for the inputs
             (``None`` where backward needs no value), the rest are tapes.
         backward: ``(grads, saved, needs, flags, backend) -> one gradient an input`` (anything where not
             needed) through the registered op. ``grads`` holds ``None`` for outputs nobody used.
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
     """
 
     forward: Callable[[Tensors, tuple, bool, str], Tensors]
-    save: Callable[[Tensors, Tensors, tuple], Tensors]
+    save: Callable[[Tensors, Tensors, tuple, str], Tensors]
     backward: Callable[[Tensors, Tensors, Sequence[bool], tuple, str], Tensors]
     reference: Callable[[Tensors, tuple], Tensors]
     recompute: Callable[[Tensors, tuple], tuple[Tensors, Tensors]]
@@ -140,7 +140,7 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
             results = pair.forward(tensors, flags, True, backend)
             ctx.flags, ctx.backend = flags, backend
             ctx.num_inputs = len(tensors)
-            ctx.save_for_backward(*pair.save(tensors, results, flags))
+            ctx.save_for_backward(*pair.save(tensors, results, flags, backend))
             ctx.set_materialize_grads(False)
             return tuple(results[: pair.num_outputs])
 

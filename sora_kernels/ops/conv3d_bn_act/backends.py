@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..._dispatch import YES, Backend, Operator, Verdict
 from ..common import triton_backend
@@ -105,3 +106,14 @@ def select(
     if window.transposed:
         return CONV_TRANSPOSE_BN_ACT.select(requested, facts)
     return (CONV_ACT if options.norm == NONE else CONV_BN_ACT).select(requested, facts)
+
+
+def normalise(
+    y: Tensor, mean: Tensor, invstd: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, window: Window,
+    options: Options, requested: str,
+) -> Tensor:  # fmt: skip
+    """z of y by statistics that are known, by the passes of the backend that a call would take."""
+    impl = select(
+        requested, y.device, y.dtype, y.shape[1], tuple(y.shape), window, options, False
+    ).impl
+    return impl.normalise(y, mean, invstd, bn_weight, bn_bias, options)

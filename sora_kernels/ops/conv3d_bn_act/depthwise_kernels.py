@@ -331,7 +331,7 @@ def _conv3d_depthwise_fwd_kernel(
         _store_statistics(stored, masks, part_ptr, columns, WALK, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _conv3d_depthwise_merge_kernel(
     part_ptr,  # [tiles, 3, C]: count, mean and M2
     out_ptr,  # [programs, 3, C]: of BLOCK_T tiles each, by Chan's formula
@@ -426,7 +426,7 @@ def _conv3d_depthwise_wgrad_kernel(
         tl.store(at, tl.sum(acc[k], axis=0), mask=columns < WALK.channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _conv3d_depthwise_reduce_kernel(
     part_ptr,  # [chunks, taps, C]
     dw_ptr,  # [C, taps]

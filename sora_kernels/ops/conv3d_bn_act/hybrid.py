@@ -12,7 +12,15 @@ from .convolution import convolve, convolve_backward, layout
 from .options import BATCH, NONE, RUNNING, Options
 from .window import Window
 
-__all__ = ["backward", "convolve", "convolve_backward", "forward", "fused", "masked"]
+__all__ = [
+    "backward",
+    "convolve",
+    "convolve_backward",
+    "forward",
+    "fused",
+    "masked",
+    "normalise",
+]
 
 
 def fused(
@@ -105,3 +113,16 @@ def masked(dz: Tensor, z: Tensor | None, options: Options) -> tuple[Tensor, Tens
     return passes.launch_masked(
         dz, z, activation=options.activation, negative_slope=options.negative_slope
     )
+
+
+def normalise(
+    y: Tensor, mean: Tensor, invstd: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """z, as :func:`reference.apply_statistics`: the pass of the forward again, bit for bit."""
+    from . import passes
+
+    return passes.launch_fwd(
+        y, None, mean, invstd, bn_weight, bn_bias, eps=0.0, invstd_is_var=False,
+        activation=options.activation, negative_slope=options.negative_slope,
+    )  # fmt: skip

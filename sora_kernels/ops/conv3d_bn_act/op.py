@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
-from . import arguments, reference, run, sync
+from . import arguments, recipes, reference, run, sync
 from .backends import CONV_ACT, CONV_BN_ACT, CONV_TRANSPOSE_BN_ACT
 from .options import BATCH, NONE, RUNNING, Options
 from .window import of_schema
@@ -92,7 +92,7 @@ def _forward(tensors: Tensors, flags: tuple, tapes: bool, backend: str) -> Tenso
     return (_plain(*tensors, *flags, backend),)
 
 
-def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
+def _save(tensors: Tensors, results: Tensors, flags: tuple, backend: str) -> Tensors:
     x, weight, bias, residual, bn_weight, bn_bias, _, _ = tensors
     z, y, mean, invstd = results
     assert z is not None
@@ -100,6 +100,12 @@ def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
     # The output tells which side of a kink its input was on; with y alone, the derivative is taken from y again.
     by_sign = options.signed and bool(options.activation)
     keep_z = by_sign and (not options.keeps_y or residual is not None or not z.is_cuda)
+    if not is_dynamo_compiling() and recipes.wanted(residual is not None, options):
+        assert y is not None and mean is not None and invstd is not None
+        window, _ = _parse(weight, flags)
+        recipes.remember(
+            recipes.Recipe(z, y, mean, invstd, bn_weight, bn_bias, window, options, backend)
+        )
     return (
         x, weight, bias, None if options.signed else residual, bn_weight, bn_bias, None, None,
         y, mean, invstd, z if keep_z else None,

@@ -206,6 +206,20 @@ def backward(
     )
 
 
+def apply_statistics(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """z of y by statistics that are known."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    out = normalise(wide, mean, invstd, bn_weight, bn_bias)
+    return activate(out, options.activation, options.negative_slope).to(y.dtype)
+
+
 def masked(dz: Tensor, z: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """da and its sum a channel (fp32 at least), from z's sign alone."""
     wide = dz.to(torch.promote_types(dz.dtype, torch.float32))

@@ -7,10 +7,19 @@ from torch import Tensor
 
 from .convolution import convolve_backward
 from .options import NONE, Options
+from .reference import apply_statistics as normalise
 from .reference import backward, convolve, forward, masked
 from .window import Window
 
-__all__ = ["backward", "convolve", "convolve_backward", "forward", "fused", "masked"]
+__all__ = [
+    "backward",
+    "convolve",
+    "convolve_backward",
+    "forward",
+    "fused",
+    "masked",
+    "normalise",
+]
 
 
 def fused(

@@ -15,7 +15,15 @@ from torch import Tensor
 from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
-from .gemm import ACTIVATIONS, _check_like, _check_vectors, _require, pixel_stride, precision
+from .gemm import (
+    ACTIVATIONS,
+    FINISHED,
+    _check_like,
+    _check_vectors,
+    _require,
+    pixel_stride,
+    precision,
+)
 from .passes import ACCUMULATORS, OP, accumulator, arch_of
 from .stem_kernels import PIXEL, _conv3d_stem_fwd_kernel
 from .window import Window
@@ -132,6 +140,7 @@ def plan_forward(
     rows = n * t * h * w
     constants = {
         "K": k, "WINDOW": window, "PRECISION": precision, "ACC": ACCUMULATORS.get(dtype, tl.float32),
+        "FINISHED": max(LEAST, FINISHED * config["num_warps"] // config["BLOCK_M"]),
         "INDEX": tl.int64 if rows >= WIDEST else tl.int32, "BLOCK_K": _segment(window), **config,
     }  # fmt: skip
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"]),)

@@ -28,7 +28,7 @@ def _conv3d_stem_fwd_kernel(
     K: tl.constexpr, WINDOW: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FINISHED: tl.constexpr,
 ):  # fmt: skip
     KT: tl.constexpr = WINDOW.kernel[0]
     KH: tl.constexpr = WINDOW.kernel[1]
@@ -66,5 +66,5 @@ def _conv3d_stem_fwd_kernel(
     _finish(
         acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
         pid_m, pid % COLUMNS * BLOCK_N, 0, M,
-        K, K, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC, BLOCK_M, BLOCK_N, BLOCK_N,
+        K, K, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC, BLOCK_M, BLOCK_N, FINISHED,
     )  # fmt: skip

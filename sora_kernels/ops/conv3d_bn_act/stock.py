@@ -12,7 +12,15 @@ from .convolution import convolve, convolve_backward
 from .options import BATCH, NONE, Options
 from .window import Window
 
-__all__ = ["backward", "convolve", "convolve_backward", "forward", "fused", "masked"]
+__all__ = [
+    "backward",
+    "convolve",
+    "convolve_backward",
+    "forward",
+    "fused",
+    "masked",
+    "normalise",
+]
 
 aten = torch.ops.aten
 _WIDE = {
@@ -141,6 +149,20 @@ def masked(dz: Tensor, z: Tensor | None, options: Options) -> tuple[Tensor, Tens
     """da and its sum a channel, as :func:`reference.masked`."""
     da = _before_activation(dz, z, options)
     return da, da.sum((0, 2, 3, 4), dtype=_WIDE[da.dtype])
+
+
+def normalise(
+    y: Tensor, mean: Tensor, invstd: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """z, as :func:`reference.apply_statistics`."""
+    wide = _WIDE[y.dtype]
+    weight = y.new_ones(y.shape[1], dtype=wide) if bn_weight is None else _widened(bn_weight, wide)
+    variance = invstd.square().reciprocal()
+    out = torch.native_batch_norm(
+        y, weight, _widened(bn_bias, wide), mean, variance, False, 0.0, 0.0
+    )[0]
+    return folded.activate(out, options)
 
 
 def _before_activation(dz: Tensor, z: Tensor | None, options: Options) -> Tensor:

@@ -225,7 +225,7 @@ class Layer:
                 *tensors[states + 1 : weights_at], bias, precision, backend,
             )  # fmt: skip
 
-        def save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
+        def save(tensors: Tensors, results: Tensors, flags: tuple, backend: str) -> Tensors:
             if flags[2] or not cell.tape:
                 return (*tensors, results[0], *(None,) * (tapes_count - 1))
             return (*tensors, results[0], *results[1 + states :])

@@ -132,7 +132,7 @@ def _forward(tensors: Tensors, flags: tuple, keep: bool, backend: str) -> Tensor
     return (*_plain(x, valid_size, *_flattened(form), backend), None, None)
 
 
-def _save(tensors: Tensors, results: Tensors, flags: tuple) -> Tensors:
+def _save(tensors: Tensors, results: Tensors, flags: tuple, backend: str) -> Tensors:
     # Of x nothing but the sizes is wanted again. Dynamo's are symbols, which flags cannot carry into backward; what
     # it saves for them is not x.
     x, valid_size = tensors
