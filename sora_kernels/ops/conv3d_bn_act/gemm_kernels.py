@@ -153,8 +153,9 @@ def _finish(
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FINISHED: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the sums, of the columns from ``first`` on: FINISHED at once, so that registers suffice."""
-    if BLOCK_N > FINISHED:
+    """Everything after the sums, of the columns from ``first`` on: few at once, so that registers suffice."""
+    AT_ONCE: tl.constexpr = FINISHED if part_ptr is None else FINISHED // 2
+    if BLOCK_N > AT_ONCE:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         _finish(
             left, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
