@@ -121,14 +121,13 @@ def forward_with_statistics(
     channels = y.shape[1]
     block_c = min(16, triton.next_power_of_2(channels))
     while (tiles := part.shape[0]) > 1:
-        merged = part.new_empty(triton.cdiv(tiles, MERGED_TILES), 3, channels)
+        merged = part.new_empty(triton.cdiv(tiles, MERGED_TILES), 4, channels)
         grid = merged.shape[0], triton.cdiv(channels, block_c)
         kernels._conv3d_depthwise_merge_kernel[grid](
-            part, merged, channels, tiles, BLOCK_T=MERGED_TILES, BLOCK_C=block_c,
-            ACC=ACCUMULATORS.get(x.dtype, tl.float32),
-        )  # fmt: skip
+            part, merged, channels, tiles, BLOCK_T=MERGED_TILES, BLOCK_C=block_c
+        )
         part = merged
-    return y, part[:, 1:], y.numel() // channels
+    return y, part[:, 2:], y.numel() // channels
 
 
 def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:
@@ -179,9 +178,7 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
     taps = math.prod(window.kernel)
     chunks = plan.grid[0] // plan.constants["WALK"].pieces
     part = torch.empty(chunks, taps, channels, dtype=accumulator(x), device=x.device)
-    kernels._conv3d_depthwise_wgrad_kernel[plan.grid](
-        x, dy, part, *plan.sizes, **plan.constants
-    )
+    kernels._conv3d_depthwise_wgrad_kernel[plan.grid](x, dy, part, *plan.sizes, **plan.constants)
     dw = torch.empty(channels, 1, *window.kernel, dtype=x.dtype, device=x.device)
     block = min(64, triton.next_power_of_2(dw.numel()))
     kernels._conv3d_depthwise_reduce_kernel[(triton.cdiv(dw.numel(), block),)](
@@ -294,7 +291,7 @@ def _run(
     packed = F.pad(packed, (0, walk.readable - channels)).contiguous()
     part = None
     if statistics:
-        part = torch.empty(plan.grid[0], 3, channels, dtype=accumulator(x), device=x.device)
+        part = torch.empty(plan.grid[0], 4, channels, dtype=accumulator(x), device=x.device)
     kernels._conv3d_depthwise_fwd_kernel[plan.grid](
         x, packed, z, residual, *vectors, part, *plan.sizes, **epilogue, **plan.constants
     )
@@ -314,9 +311,7 @@ def _output(x: Tensor, weight: Tensor, window: Window) -> Tensor:
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
 def _dense(z: Tensor) -> Placed:

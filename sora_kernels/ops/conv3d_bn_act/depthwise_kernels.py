@@ -91,7 +91,9 @@ def _elements(walk: Walk) -> list[Element]:
     times = _reach(walk.frames, walk.kernel[0], walk.stride[0], walk.dilation[0])
     columns = _reach(walk.columns, walk.taps_w, walk.stride[2], walk.dilation[2])
     return [
-        Element(t, w, [(f * walk.columns + c, kt * walk.taps_w + kw) for f, kt in ts for c, kw in ws])
+        Element(
+            t, w, [(f * walk.columns + c, kt * walk.taps_w + kw) for f, kt in ts for c, kw in ws]
+        )
         for t, ts in times.items()
         for w, ws in columns.items()
     ]
@@ -186,7 +188,9 @@ def _mask_readable(mask, channels, BLOCK_C: tl.constexpr, WALK: tl.constexpr):
 
 
 @triton.jit
-def _load_element(x_ptr, n, t, h, w, pixel, e: tl.constexpr, frame, T, W, channels, mask, WALK: tl.constexpr):
+def _load_element(
+    x_ptr, n, t, h, w, pixel, e: tl.constexpr, frame, T, W, channels, mask, WALK: tl.constexpr
+):
     """Element e of a lane, whose first one of this row of taps is (t, h, w), ``pixel`` from the start; h is valid."""
     AT_T: tl.constexpr = element_t(WALK, e)
     AT_W: tl.constexpr = element_w(WALK, e)
@@ -207,26 +211,32 @@ def _vector(ptr, channels, mask_c, ACC: tl.constexpr):
 
 @triton.jit
 def _store_statistics(outputs, masks, part_ptr, channels, WALK: tl.constexpr, ACC: tl.constexpr):
-    """Count, mean and M2 of a tile's outputs, from the values as they were stored."""
+    """Count, mean (what its rounding left out, then itself) and M2 of a tile's outputs, as they were stored."""
     count = tl.sum(masks[0].to(ACC), axis=0)
     total = tl.where(masks[0], outputs[0], 0.0)
     for k in tl.static_range(1, len(outputs)):
         count += tl.sum(masks[k].to(ACC), axis=0)
         total += tl.where(masks[k], outputs[k], 0.0)
     mean = tl.sum(total, axis=0) / count
-    # The first mean is rounded; what it misses is in the sum of the differences.
-    left = tl.zeros(outputs[0].shape, dtype=ACC)
+    low = tl.zeros(outputs[0].shape, dtype=ACC)
     m2 = tl.zeros(outputs[0].shape, dtype=ACC)
     for k in tl.static_range(len(outputs)):
         delta = tl.where(masks[k], outputs[k] - mean[None, :], 0.0)
-        left += delta
+        low += delta
         m2 += delta * delta
-    moved = tl.sum(left, axis=0) / count
-    at = part_ptr + tl.program_id(0).to(tl.int64) * 3 * WALK.channels + channels
-    mask_c = channels < WALK.channels
-    tl.store(at, count + tl.zeros(mean.shape, dtype=ACC), mask=mask_c)
-    tl.store(at + WALK.channels, mean + moved, mask=mask_c)
-    tl.store(at + 2 * WALK.channels, tl.sum(m2, axis=0) - moved * moved * count, mask=mask_c)
+    low = tl.sum(low, axis=0) / count
+    m2 = tl.sum(m2, axis=0) - low * low * count
+    at = part_ptr + tl.program_id(0).to(tl.int64) * 4 * WALK.channels + channels
+    count += tl.zeros(mean.shape, dtype=ACC)
+    _store_part(at, count, low, mean, m2, channels < WALK.channels, WALK.channels)
+
+
+@triton.jit
+def _store_part(ptrs, count, low, mean, m2, mask, C):
+    tl.store(ptrs, count, mask=mask)
+    tl.store(ptrs + C, low, mask=mask)
+    tl.store(ptrs + 2 * C, mean, mask=mask)
+    tl.store(ptrs + 3 * C, m2, mask=mask)
 
 
 @triton.jit(
@@ -240,7 +250,7 @@ def _conv3d_depthwise_fwd_kernel(
     z_ptr,  # [N, T', H', W', C] within a dense tensor: strides in pixels, to write every second pixel
     residual_ptr,  # [N, T', H', W', C], pixel_y elements a pixel
     bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,  # [C]
-    part_ptr,  # [tiles, 3, C]: count, mean and M2 of a tile's outputs; None for the affine epilogue
+    part_ptr,  # [tiles, 4, C]: count, low part of the mean, mean, M2; None for the affine epilogue
     lanes, T, H, W, TO, HO, WO, start_z, stride_n, stride_t, stride_h, stride_w,
     WALK: tl.constexpr,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
@@ -333,31 +343,31 @@ def _conv3d_depthwise_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tiles"])
 def _conv3d_depthwise_merge_kernel(
-    part_ptr,  # [tiles, 3, C]: count, mean and M2
-    out_ptr,  # [programs, 3, C]: of BLOCK_T tiles each, by Chan's formula
+    part_ptr,  # [tiles, 4, C]: count, low part of the mean, mean, M2
+    out_ptr,  # [programs, 4, C]: of BLOCK_T tiles each, by Chan's formula
     C, tiles,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid_t = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channels < C
     tile = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = (tile < tiles)[:, None] & mask_c[None, :]
-    at = part_ptr + tile[:, None] * 3 * C + channels[None, :]
+    at = part_ptr + tile[:, None] * 4 * C + channels[None, :]
     count = tl.load(at, mask=mask, other=0.0)
-    # Relative to the first tile's: a large common mean costs no digits.
-    origin = tl.load(part_ptr + (pid_t * BLOCK_T * 3 + 1) * C + channels, mask=mask_c, other=0.0)
-    delta = tl.where(mask, tl.load(at + C, mask=mask, other=0.0) - origin[None, :], 0.0)
-    m2 = tl.load(at + 2 * C, mask=mask, other=0.0)
-    total = tl.sum(count, axis=0)
-    total = tl.where(mask_c, total, 1.0)
+    low = tl.load(at + C, mask=mask, other=0.0)
+    mean = tl.load(at + 2 * C, mask=mask, other=0.0)
+    m2 = tl.load(at + 3 * C, mask=mask, other=0.0)
+    # Relative to the first tile's, and with what rounding left out: a large common mean costs no digits.
+    origin = tl.load(part_ptr + (pid_t * BLOCK_T * 4 + 2) * C + channels, mask=mask_c, other=0.0)
+    delta = tl.where(mask, mean - origin[None, :] + low, 0.0)
+    total = tl.where(mask_c, tl.sum(count, axis=0), 1.0)
     moved = tl.sum(delta * count, axis=0) / total
     delta = delta - moved[None, :]
     m2 = tl.sum(m2 + delta * delta * count, axis=0)
-    out = out_ptr + pid_t * 3 * C + channels
-    tl.store(out, total, mask=mask_c)
-    tl.store(out + C, origin + moved, mask=mask_c)
-    tl.store(out + 2 * C, m2, mask=mask_c)
+    mean = origin + moved
+    out = out_ptr + pid_t * 4 * C + channels
+    _store_part(out, total, moved - (mean - origin), mean, m2, mask_c, C)
 
 
 @triton.jit(do_not_specialize=["lanes", "repeats", "T", "H", "W", "TO", "HO", "WO"])

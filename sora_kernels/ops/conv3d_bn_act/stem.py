@@ -165,9 +165,7 @@ def _prepare(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Plan, T
     k, *_ = weight.shape
     _require(can_run(window, c, k, x.dtype))
     _check_like("weight", weight, x, (k, c, *window.kernel))
-    plan = plan_forward(
-        arch_of(x.device), window, n, k, tuple(sizes), x.dtype, precision(x.dtype)
-    )
+    plan = plan_forward(arch_of(x.device), window, n, k, tuple(sizes), x.dtype, precision(x.dtype))
     z = torch.empty(
         n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
     )
