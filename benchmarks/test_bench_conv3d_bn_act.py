@@ -90,7 +90,7 @@ def build(
 
     others = rivals.Rivals()
     if device == "cpu" and not training:
-        others = rivals.of(stock, inputs(dtype), layout, freezing=not tiny)
+        others = rivals.of(stock, inputs(dtype), layout, freezing=0 if tiny else 3)
 
     @functools.cache
     def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -103,9 +103,20 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
     monkeypatch.setattr(rivals, "freeze", fail)
     x = torch.randn(1, 3, 2, 3, 3)
-    found = rivals.of(unit().eval(), (x,), "channels_last", freezing=True)
+    found = rivals.of(unit().eval(), (x,), "channels_last", freezing=1)
     assert list(found.calls) == list(found.makers()) == ["contiguous"]
     assert found.info() == {"not_measured": {"freezing": "no C++ compiler"}}
+
+
+def test_the_least_exact_is_chosen_and_must_be_right():
+    truth = torch.linspace(-1, 1, 64).double()
+    plain, coarser = truth.float() + 1e-5, truth.float() + 1.5e-5
+    others = rivals.Rivals({"contiguous": lambda: coarser})
+    assert rivals.least_exact(others, plain, truth).equal(coarser)
+    assert rivals.least_exact(rivals.Rivals(), plain, truth) is plain
+    wrong = rivals.Rivals({"contiguous": lambda: truth.float() + 1e-3})
+    with pytest.raises(AssertionError, match="contiguous .*rms error"):
+        rivals.least_exact(wrong, plain, truth)
 
 
 @compiles
