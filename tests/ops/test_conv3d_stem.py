@@ -1,4 +1,4 @@
-"""The stem's Triton kernel: windows, epilogues, statistics, padding, order, keys. In the interpreter, with small tiles."""
+"""The stem's Triton kernel: windows, epilogues, statistics, padding, order, keys. In the interpreter, tiles small."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def forward_with_statistics(
 
 
 def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:
-    """The gradient of x ``[N, C, *sizes]``, dense ``channels_last_3d``: the forward kernel over dy, its taps turned round.
+    """The gradient of x ``[N, C, *sizes]``, dense ``channels_last_3d``: the forward kernel over dy, taps turned.
 
     With a stride, elements of dx that the same taps reach lie a stride apart: each such class is one launch that
     writes its own pixels, so that nothing is multiplied by zero.
@@ -139,7 +139,9 @@ def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> T
     if window.replicate and max(*window.before, *window.after) > 0:
         raise ValueError(f"window: expected padding of zeros, got {window}")
     if window.output(sizes) != list(dy.shape[2:]):
-        raise ValueError(f"dy: expected sizes {window.output(sizes)} for x's {list(sizes)}, got {tuple(dy.shape)}")  # fmt: skip
+        raise ValueError(
+            f"dy: expected sizes {window.output(sizes)} for x's {list(sizes)}, got {tuple(dy.shape)}"
+        )
     channels = dy.shape[1]
     _require(can_run(window, channels, weight.shape[0], dy.dtype))
     _check_like("weight", weight, dy, (channels, 1, *window.kernel))
@@ -153,14 +155,14 @@ def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> T
             kt, kh, kw = (slice(c.taps.start, c.taps.stop, c.taps.step) for c in of)
             turned = weight[:, :, kt, kh, kw].flip(2, 3, 4)
             part = Window(
-                kernel=tuple(turned.shape[2:]),
+                kernel=tuple(turned.shape[2:]),  # type: ignore[arg-type]
                 before=tuple(c.before for c in of),  # type: ignore[arg-type]
                 dilation=tuple(c.dilation for c in of),  # type: ignore[arg-type]
                 groups=channels,
             )
             start = sum(c.first * s for c, s in zip(of, whole[2:], strict=True))
             steps = [s * stride for s, stride in zip(whole[2:], window.stride, strict=True)]
-            counts = [c.count for c in of]
+            counts = [c.elements for c in of]
             _run(dy, turned, part, dx, Placed(start, whole.n, *steps), counts, None, (None,) * 5, PLAIN)  # fmt: skip
     return dx
 
@@ -198,9 +200,7 @@ def plan_forward(
     )
     block_l, block_c = config["BLOCK_L"], config["BLOCK_C"]
     if not statistics:
-        # As many channels as one load brings, of those that exist.
-        whole = math.gcd(walk.readable, walk.pixel_x)
-        block_c = min(block_c, VECTOR // dtype.itemsize, whole & -whole)
+        block_c = min(block_c, _width(walk, dtype))
         work = triton.cdiv(walk.channels, block_c)
         columns = 1
     else:
@@ -243,13 +243,13 @@ class _Class(NamedTuple):
     """Of one axis of dx: elements ``first``, ``first + stride``, ..., which the same taps reach.
 
     Attributes:
-        count: how many they are.
+        elements: how many they are.
         taps: those that reach them.
         before, dilation: of the convolution over dy, with these taps turned round, that makes them.
     """
 
     first: int
-    count: int
+    elements: int
     taps: range
     before: int
     dilation: int
@@ -333,7 +333,7 @@ def _config(
     kernel: str, arch: str, walk: Walk, dtype: torch.dtype, match: dict[str, str]
 ) -> tuple[Walk, dict[str, int]]:
     """The shipped config, and the walk with the outputs of a lane."""
-    key = (("channels", walk.channels), ("itemsize", dtype.itemsize), *match.items())
+    key = (("itemsize", dtype.itemsize), ("width", _width(walk, dtype)), *match.items())
     config = dict(_tuning.config(OP, kernel, arch, key))
     frames, columns = config.pop("FRAMES"), config.pop("COLUMNS")
     (kt, _, _), (st, _, sw), (dt, _, dw) = walk.kernel, walk.stride, walk.dilation
@@ -343,6 +343,12 @@ def _config(
         columns = 1
     config["BLOCK_C"] = min(config["BLOCK_C"], triton.next_power_of_2(walk.channels))
     return walk._replace(frames=frames, columns=columns), config
+
+
+def _width(walk: Walk, dtype: torch.dtype) -> int:
+    """Channels that one load brings: of those that exist, as many as pixels are aligned for."""
+    whole = math.gcd(walk.readable, walk.pixel_x)
+    return min(VECTOR // dtype.itemsize, whole & -whole)
 
 
 def _lanes(walk: Walk, n: int, output: Sequence[int]) -> int:

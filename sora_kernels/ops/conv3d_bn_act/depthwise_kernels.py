@@ -143,7 +143,7 @@ def _replaced(values, k: tl.constexpr, value):
 def _zeros(like, COUNT: tl.constexpr, ACC: tl.constexpr):
     values = ()
     for _ in tl.static_range(COUNT):
-        values = values + (tl.zeros(like.shape, dtype=ACC),)
+        values = values + (tl.zeros(like.shape, dtype=ACC),)  # type: ignore[assignment]
     return values
 
 
@@ -279,7 +279,7 @@ def _conv3d_depthwise_fwd_kernel(
             for k in tl.static_range(TAPS_W):
                 tap = (kt * WALK.kernel[1] + kh) * WALK.kernel[2] + kw + k
                 at = weight_ptr + tap * WALK.readable + channels
-                weights = weights + (tl.load(at, mask=inside, other=0.0).to(ACC),)
+                weights = weights + (tl.load(at, mask=inside, other=0.0).to(ACC),)  # type: ignore[assignment]
         down = kh * WALK.dilation[1]
         right = kw * WALK.dilation[2]
         row = h + down
@@ -334,8 +334,8 @@ def _conv3d_depthwise_fwd_kernel(
         out = out.to(z_ptr.dtype.element_ty)
         at = start_z + n * stride_n + to_k.to(tl.int64) * stride_t + ho * stride_h + wo_k * stride_w
         tl.store(z_ptr + (at * WALK.channels + channels), out, mask=mask)
-        stored = stored + (out.to(ACC),)
-        masks = masks + (mask_l,)
+        stored = stored + (out.to(ACC),)  # type: ignore[assignment]
+        masks = masks + (mask_l,)  # type: ignore[assignment]
     if part_ptr is not None:
         columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         _store_statistics(stored, masks, part_ptr, columns, WALK, ACC)
@@ -403,11 +403,11 @@ def _conv3d_depthwise_wgrad_kernel(
             to_k = to + k // WALK.columns
             wo_k = wo + k % WALK.columns
             mask = (to_k < TO) & (wo_k < WO) & inside
-            masks = masks + (mask,)
+            masks = masks + (mask,)  # type: ignore[assignment]
             at = ((n * TO + to_k) * HO + ho) * WO + wo_k
             at = at * WALK.pixel_y + channels
             dy = tl.load(dy_ptr + at, mask=mask, other=0.0)
-            grads = grads + (dy.to(ACC),)
+            grads = grads + (dy.to(ACC),)  # type: ignore[assignment]
         t = to * WALK.stride[0] - WALK.before[0]
         row = ho * WALK.stride[1] - WALK.before[1] + down
         w = wo * WALK.stride[2] - WALK.before[2] + right
