@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _env
 from ..._dispatch import YES, Backend, Operator, Verdict
 from ..common import triton_backend
-from . import arguments, hybrid, reference_backend, stock
+from . import arguments, choice, hybrid, own, reference_backend, stock
 from .options import BATCH, NONE, RUNNING, Options
 from .window import Window
 
@@ -25,10 +26,36 @@ class Facts(NamedTuple):
     window: Window
     norm: str
     has_residual: bool
+    channels_last: bool  # of what is promised for the result
+
+
+def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of the result: channels-last where x or weight is (and is not plain contiguous too), else contiguous."""
+    for t in (x, weight):
+        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
+            return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def _hybrid_can_run(facts: Facts) -> Verdict:
     return triton_backend.can_run(facts.device, facts.dtype)
+
+
+def _triton_can_run(facts: Facts) -> Verdict:
+    verdict = triton_backend.can_run(facts.device, facts.dtype)
+    if not verdict.ok:
+        return verdict
+    return choice.can_run(facts.window, facts.channels, facts.shape, facts.dtype)
+
+
+def _triton_config(facts: Facts) -> str:
+    found = choice.kernels(facts.window, facts.channels, facts.shape[1], facts.dtype)
+    return f"{found.__name__.rpartition('.')[2]} kernels"
+
+
+def _triton_floor_bytes(facts: Facts) -> int:
+    """As below, but for the read that the convolution's epilogue saves."""
+    return _floor_bytes(facts) - math.prod(facts.shape) * facts.dtype.itemsize
 
 
 def _floor_bytes(facts: Facts) -> int:
@@ -47,6 +74,7 @@ def _hybrid_config(facts: Facts) -> str:
 
 
 _BACKENDS = [
+    Backend("triton", _triton_can_run, own, config=_triton_config, floor_bytes=_triton_floor_bytes),
     Backend("hybrid", _hybrid_can_run, hybrid, config=_hybrid_config, floor_bytes=_floor_bytes),
     Backend("torch", lambda facts: YES, stock),
     Backend("reference", lambda facts: YES, reference_backend),
@@ -54,7 +82,15 @@ _BACKENDS = [
 
 
 def _prefer(facts: Facts) -> tuple[str, ...]:
-    return ("hybrid", "torch") if facts.device.type == "cuda" else ("torch",)
+    if facts.device.type != "cuda":
+        return ("torch",)
+    if facts.channels_last and not facts.window.transposed and triton_backend.installed():
+        table = choice.table(
+            facts.device, facts.window, facts.channels, facts.shape[1], facts.dtype
+        )
+        if table["forward"] == "triton":
+            return ("triton", "hybrid", "torch")
+    return ("hybrid", "torch")
 
 
 def _facts(
@@ -64,8 +100,9 @@ def _facts(
         x.shape, weight.shape, stride, padding, padding_mode, dilation, groups, transposed, output_padding
     )  # fmt: skip
     return Facts(
-        x.device, x.dtype, x.shape[1], tuple(found.output), found.window, norm, residual is not None
-    )
+        x.device, x.dtype, x.shape[1], tuple(found.output), found.window, norm, residual is not None,
+        memory_format(x, weight) is torch.channels_last_3d,
+    )  # fmt: skip
 
 
 def _of_bn_act(
@@ -99,13 +136,23 @@ CONV_TRANSPOSE_BN_ACT = Operator("conv_transpose3d_bn_act", _BACKENDS, _prefer, 
 
 def select(
     requested: str, device: torch.device, dtype: torch.dtype, channels: int, shape: tuple[int, ...],
-    window: Window, options: Options, has_residual: bool,
+    window: Window, options: Options, has_residual: bool, channels_last: bool,
 ) -> Backend:  # fmt: skip
     """The backend of a call, by the operator that it belongs to."""
-    facts = Facts(device, dtype, channels, shape, window, options.norm, has_residual)
+    facts = Facts(device, dtype, channels, shape, window, options.norm, has_residual, channels_last)
+    return _operator(window, options).select(requested, facts)
+
+
+def requested(backend: str, window: Window, options: Options) -> str:
+    """The backend that the call or the environment names, "" for none. Asks no device."""
+    operator = _operator(window, options)
+    return backend or _env.requested_backend(operator.name, operator.backends) or ""
+
+
+def _operator(window: Window, options: Options) -> Operator:
     if window.transposed:
-        return CONV_TRANSPOSE_BN_ACT.select(requested, facts)
-    return (CONV_ACT if options.norm == NONE else CONV_BN_ACT).select(requested, facts)
+        return CONV_TRANSPOSE_BN_ACT
+    return CONV_ACT if options.norm == NONE else CONV_BN_ACT
 
 
 def normalise(
@@ -114,6 +161,6 @@ def normalise(
 ) -> Tensor:  # fmt: skip
     """z of y by statistics that are known, by the passes of the backend that a call would take."""
     impl = select(
-        requested, y.device, y.dtype, y.shape[1], tuple(y.shape), window, options, False
+        requested, y.device, y.dtype, y.shape[1], tuple(y.shape), window, options, False, False
     ).impl
     return impl.normalise(y, mean, invstd, bn_weight, bn_bias, options)

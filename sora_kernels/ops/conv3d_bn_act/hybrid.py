@@ -14,7 +14,7 @@ from .window import Window
 
 __all__ = [
     "backward",
-    "convolve",
+    "after",
     "convolve_backward",
     "forward",
     "fused",
@@ -46,12 +46,29 @@ def fused(
 
 
 def forward(
-    y: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
-    bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """z, mean, invstd, as :func:`reference.forward`."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, window: Window,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """z, y, mean, invstd; y leaves the bias out."""
+    y = convolve(x, weight, window)
+    return after(y, None, bias, residual, bn_weight, bn_bias, running_mean, running_var, options)
+
+
+def after(
+    y: Tensor, partials: tuple[Tensor, int] | None, bias: Tensor | None, residual: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """z, y, mean, invstd, as :func:`reference.after`.
+
+    Args:
+        partials: y's statistics where a convolution's kernel has taken them: tiles ``[tiles, 2, K]`` and a tile's rows.
+    """
     from . import passes
 
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout(y))
     mean = invstd = None
     if options.norm == RUNNING:
         assert running_mean is not None and running_var is not None
@@ -59,7 +76,7 @@ def forward(
         mean, invstd = reference.frozen(bias, running_mean, running_var, options.eps, wide)
     elif options.norm == BATCH and options.group:
         # With eps 0, 1/std holds the variance to the last digits.
-        mean, invstd = passes.launch_stats(y, None, None, None, 0.0, 0.0)
+        mean, invstd = passes.launch_stats(y, None, None, None, 0.0, 0.0, partials)
         variance = invstd.square().reciprocal()
         mean, variance, n = sync.merge(mean, variance, reference.count(y), options.group)
         if running_mean is not None and running_var is not None:
@@ -69,13 +86,13 @@ def forward(
     elif options.norm == BATCH:
         # A bias before batch statistics moves nothing but the running mean.
         mean, invstd = passes.launch_stats(
-            y, bias, running_mean, running_var, options.momentum, options.eps
+            y, bias, running_mean, running_var, options.momentum, options.eps, partials
         )
     z = passes.launch_fwd(
         y, residual, mean, invstd, bn_weight, bn_bias, eps=options.eps, invstd_is_var=False,
         activation=options.activation, negative_slope=options.negative_slope,
     )  # fmt: skip
-    return z, mean, invstd
+    return z, y, mean, invstd
 
 
 def backward(

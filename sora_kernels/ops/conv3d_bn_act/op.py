@@ -61,9 +61,11 @@ def _run_backward(
 def _fake_backward(
     dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, *rest
 ) -> Tensors:
-    *flags, needs, _ = rest
+    *flags, needs, backend = rest
     window, options = _parse(weight, flags)
-    return run.fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options, needs)
+    return run.fake_backward(
+        dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options, needs, backend
+    )
 
 
 # Two schemas rather than optional outputs: without a backward to come there are no tapes to return.

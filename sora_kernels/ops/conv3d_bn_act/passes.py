@@ -128,23 +128,32 @@ def launch_stats(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
+    partials: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Batch mean and 1/std of y ``[N, K, T, H, W]``; updates the running statistics in place.
 
-    ``bias`` is the convolution's where y leaves it out: it moves the running mean and nothing else.
+    Args:
+        bias: the convolution's where y leaves it out: it moves the running mean and nothing else.
+        partials: mean and M2 of tiles of channels-last rows ``[tiles, 2, K]`` and the rows of a tile, where a
+            convolution's kernel has taken them: y itself is not read then.
     """
     _check(y, bias=bias, running_mean=running_mean, running_var=running_var)
     p = plan_for(y, "_bn_stats_kernel")
-    part = _partials(p, y)
-    _bn_stats_kernel[p.grid](y, part, *p.where, **p.tile)
+    if partials is None:
+        part, rows, tiles = _partials(p, y), p.rows, p.tiles
+        _, length, tiles_per_segment, *_ = p.where
+        _bn_stats_kernel[p.grid](y, part, *p.where, **p.tile)
+    else:
+        part, rows = partials
+        tiles = tiles_per_segment = part.shape[0]
+        length = p.total
     mean = torch.empty(p.c, dtype=part.dtype, device=y.device)
     invstd = torch.empty_like(mean)
-    _, length, tiles_per_segment, *_ = p.where
     low = momentum - ctypes.c_float(momentum).value  # Triton passes floats as fp32
     _bn_finalize_kernel[p.merge_grid](
         part, mean, invstd, running_mean, running_var, bias,
-        p.c, p.tiles, tiles_per_segment, length, p.total, momentum, low,
-        EPS=eps, ROWS=p.rows, HAS_RUNNING=running_mean is not None, HAS_BIAS=bias is not None, **p.merge,
+        p.c, tiles, tiles_per_segment, length, p.total, momentum, low,
+        EPS=eps, ROWS=rows, HAS_RUNNING=running_mean is not None, HAS_BIAS=bias is not None, **p.merge,
     )  # fmt: skip
     return mean, invstd
 

@@ -120,7 +120,7 @@ def pre_activation(
     return out if residual is None else out + residual
 
 
-def forward(
+def after(
     y: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,

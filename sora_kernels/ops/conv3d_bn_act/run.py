@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from . import backends, folded, onednn, reference, sync
+from .backends import memory_format
 from .convolution import convolve, convolve_backward, layout
 from .options import BATCH, NONE, RUNNING, Options
 from .window import Window
-
-
-def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """Channels-last where x or weight is (and is not plain contiguous too), else contiguous."""
-    for t in (x, weight):
-        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
-            return torch.channels_last_3d
-    return torch.contiguous_format
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -31,11 +24,13 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _select(
-    backend: str, x: Tensor, shape: Any, window: Window, options: Options, residual: Any
-) -> Any:
+    backend: str, x: Tensor, weight: Tensor, shape: Any, window: Window, options: Options, residual: Any
+) -> Any:  # fmt: skip
+    channels_last = memory_format(x, weight) is torch.channels_last_3d
     return backends.select(
-        backend, x.device, x.dtype, x.shape[1], tuple(shape), window, options, residual is not None
-    )
+        backend, x.device, x.dtype, x.shape[1], tuple(shape), window, options, residual is not None,
+        channels_last,
+    )  # fmt: skip
 
 
 def _promised(x: Tensor, weight: Tensor, tapes: bool, options: Options, chosen: str) -> bool:
@@ -61,7 +56,7 @@ def forward(
             "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
             f"got a convolution output of {output}"
         )
-    chosen = _select(backend, x, output, window, options, residual)
+    chosen = _select(backend, x, weight, output, window, options, residual)
     promised = _promised(x, weight, tapes, options, chosen.name)
     wanted = memory_format(x, weight)
     if output[0] * output[1] == 0:
@@ -70,13 +65,19 @@ def forward(
     impl = chosen.impl
     mean = invstd = None
     if options.keeps_y and (tapes or options.norm == BATCH):
-        y = impl.convolve(x, weight, window)
-        if residual is not None:
-            residual = residual.contiguous(memory_format=layout(y))
         if options.norm == NONE:
             bias, bn_bias = None, bias
-        z, mean, invstd = impl.forward(
-            y, bias, residual, bn_weight, bn_bias, running_mean, running_var, options
+        z, y, mean, invstd = impl.forward(
+            x,
+            weight,
+            bias,
+            residual,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            window,
+            options,
         )
     else:
         y = None
@@ -131,15 +132,16 @@ def backward(
     if dz.numel() == 0:
         found = _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options)
     else:
-        impl = _select(backend, x, dz.shape, window, options, residual).impl
+        impl = _select(backend, x, weight, dz.shape, window, options, residual).impl
         if mean.numel() == 0:
             mean = invstd = None
         way = _backward_with_y if options.keeps_y else _backward_without_y
         found = way(
             impl, dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs
         )  # fmt: skip
+    promised = not x.is_cpu or backends.requested(backend, window, options) == "triton"
     return tuple(
-        x.new_empty(0) if g is None or not n else _laid_out(g, x, weight)
+        x.new_empty(0) if g is None or not n else _laid_out(g, x, weight, promised)
         for g, n in zip(found, needs, strict=True)
     )
 
@@ -202,18 +204,22 @@ def _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options):
     return tuple(None if t is None else torch.zeros_like(t) for t in like)
 
 
-def _laid_out(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """A gradient as promised on a GPU, as ATen gave it on the CPU."""
-    return g if x.is_cpu or g.dim() != 5 else g.contiguous(memory_format=memory_format(x, weight))
+def _laid_out(g: Tensor, x: Tensor, weight: Tensor, promised: bool) -> Tensor:
+    """A gradient in the result's layout, or as ATen gave it on the CPU."""
+    if not promised or g.dim() != 5:
+        return g
+    return g.contiguous(memory_format=memory_format(x, weight))
 
 
 def fake_forward(tapes, x, weight, residual, window, options, backend):
     """As :func:`forward`: y as ATen lays it out, z of the same sizes."""
     y = convolve(x, weight, window)
+    if backends.requested(backend, window, options) == "triton":
+        y = y.contiguous(memory_format=torch.channels_last_3d)
     z = torch.empty_like(y)
     chosen = ""
     if x.is_cpu and not tapes and options.norm != BATCH:
-        chosen = _select(backend, x, y.shape, window, options, residual).name
+        chosen = _select(backend, x, weight, y.shape, window, options, residual).name
     if _promised(x, weight, tapes, options, chosen):
         z = z.contiguous(memory_format=memory_format(x, weight))
     none = x.new_empty(0)
@@ -221,14 +227,17 @@ def fake_forward(tapes, x, weight, residual, window, options, backend):
     return z, y if options.keeps_y else none, vector, torch.empty_like(vector)
 
 
-def fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options, needs):
+def fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options, needs, backend):
     """As :func:`backward`."""
     dy = y if options.keeps_y else z
     if dy is None:
         dy = dz.contiguous(memory_format=layout(dz))
     dx, dw, _ = convolve_backward(dy, x, weight, window, (needs[0], needs[1], False))
     like = (dx, dw, bias, dy, bn_weight, bn_bias)
+    promised = not x.is_cpu or backends.requested(backend, window, options) == "triton"
     return tuple(
-        _laid_out(torch.empty_like(t), x, weight) if n and t is not None else x.new_empty(0)
+        _laid_out(torch.empty_like(t), x, weight, promised)
+        if n and t is not None
+        else x.new_empty(0)
         for t, n in zip(like, needs, strict=True)
     )

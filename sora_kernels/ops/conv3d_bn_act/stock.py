@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from . import folded, onednn, reference
-from .convolution import convolve, convolve_backward
+from .convolution import convolve, convolve_backward, layout
 from .options import BATCH, NONE, Options
 from .window import Window
 
 __all__ = [
     "backward",
-    "convolve",
     "convolve_backward",
     "forward",
     "fused",
@@ -51,10 +50,24 @@ def fused(
         z = convolve(x, weight, window, bias)
         return folded.finish(z, residual, options)
     y = convolve(x, weight, window)
-    return forward(y, bias, residual, bn_weight, bn_bias, mean, variance, options)[0]
+    return _after(y, bias, residual, bn_weight, bn_bias, mean, variance, options)[0]
 
 
 def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, window: Window,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """z, y, mean, invstd; y leaves the bias out."""
+    y = convolve(x, weight, window)
+    residual = None if residual is None else residual.contiguous(memory_format=layout(y))
+    z, mean, invstd = _after(
+        y, bias, residual, bn_weight, bn_bias, running_mean, running_var, options
+    )
+    return z, y, mean, invstd
+
+
+def _after(
     y: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -64,9 +77,9 @@ def forward(
     running_var: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """z, mean, invstd, as :func:`reference.forward`."""
+    """z, mean, invstd, as :func:`reference.after`."""
     if options.norm == NONE or options.group:
-        return reference.forward(
+        return reference.after(
             y, bias, residual, bn_weight, bn_bias, running_mean, running_var, options
         )
     wide, batch = _WIDE[y.dtype], options.norm == BATCH
