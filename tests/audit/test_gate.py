@@ -4,16 +4,18 @@ interpreter; its rows are kept until a source, a config or a tool changes."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sora_kernels import audit
+from sora_kernels import _launches, audit
 
 ARCH = "sm_90"
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,16 +42,39 @@ def rows(request, tmp_path_factory):
     return json.loads(done.stdout)[ARCH]
 
 
-def test_every_kernel_was_compiled(rows):
-    from sora_kernels.ops.conv3d_bn_act import passes_kernels
-
-    compiled = {name.split()[1] for found in rows.values() for name in found}
-    triton = {
+def kernels_of(op: str) -> set[str]:
+    """Triton kernels that the operator's modules define."""
+    package = importlib.import_module(f"sora_kernels.ops.{op}")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(package.__path__)
+        if info.name.endswith("kernels")
+    ]
+    return {
         name
-        for name in vars(passes_kernels)
-        if name.endswith("_kernel") and name.startswith("_bn_")
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }
-    assert len(triton) == 6 and triton <= compiled
+
+
+@pytest.mark.parametrize("op", ["conv3d_bn_act", "pyramid_pool"])
+def test_every_kernel_was_compiled(rows, op):
+    compiled = {
+        name.split()[1] for found in rows.values() for name in found if name.startswith(f"{op}:")
+    }
+    assert compiled and compiled == kernels_of(op)
+
+
+def test_no_operator_is_left_out(rows):
+    """With Triton kernels."""
+    gated = {
+        name.partition(":")[0]
+        for toolchain, found in rows.items()
+        if toolchain.startswith("triton")
+        for name in found
+    }
+    assert gated == _launches.operators().keys()
 
 
 def test_no_spills(rows):

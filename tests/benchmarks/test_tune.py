@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_kernels import _tuning, tune
+from sora_kernels import _tuning, audit, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"layout": "channels_last", "itemsize": 2, "channels": 64}
@@ -75,19 +75,46 @@ def test_forced_config_reaches_the_plan():
     assert launches.passes.plan(*call) == shipped
 
 
-def test_every_tuned_kernel_is_launched_in_every_layout():
-    """What the shipped file has rows for is what ``launches`` says it looks up."""
+def test_launches_say_what_they_look_up(monkeypatch):
+    """The kernels whose configs a launch asks for are those that it names. Those of all layers of shapes.yaml, in all
+    layouts, are what the shipped file has rows for."""
     launches = pytest.importorskip("sora_kernels.ops.conv3d_bn_act.launches")
-    shape = {"batch": 1, "input": [8, 2, 4, 4], "channels": 8, "kernel": [1, 1, 1]}
-    found = {
-        (kernel, launch.key["layout"])
-        for launch in launches.launches("layer", shape, device="meta")
-        for kernel in launch.kernels
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda self, *args, **kwargs: None)
+    asked: set[str] = set()
+    lookup = _tuning.config
+
+    def recorded(op, kernel, arch, key):
+        asked.add(kernel)
+        return lookup(op, kernel, arch, key)
+
+    monkeypatch.setattr(_tuning, "config", recorded)
+    found = set()
+    for layer, shape in audit.shapes("conv3d_bn_act").items():
+        for launch in launches.launches(layer, shape, device="meta"):
+            asked.clear()
+            launches.forget_plans()
+            launch.run()
+            assert asked == set(launch.kernels), launch.label
+            assert launch.key["layout"] in launches.CANDIDATES, launch.label
+            found.update((kernel, launch.key["layout"]) for kernel in launch.kernels)
+    shipped = {k: v for k, v in _tuning.rows("conv3d_bn_act", "default").items() if k != "dispatch"}
+    assert {kernel for kernel, _ in found} == set(shipped)
+    named = {
+        (kernel, row["match"]["layout"])
+        for kernel, rows in shipped.items()
+        for row in rows
+        if "layout" in row.get("match", {})
     }
-    shipped = _tuning.rows("conv3d_bn_act", "default")
-    assert found == {
-        (kernel, row["match"]["layout"]) for kernel, rows in shipped.items() for row in rows
+    assert named == {(kernel, layout) for kernel, layout in found if layout != "convolution"}
+
+
+def test_an_architecture_has_rows_of_kernels_that_there_are():
+    folder = ROOT / "sora_kernels" / "ops" / "conv3d_bn_act" / "tuned"
+    rows = {
+        path.stem: _tuning.rows("conv3d_bn_act", path.stem).keys() for path in folder.glob("*.json")
     }
+    assert all(found <= rows["default"] for found in rows.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -297,9 +297,8 @@ def test_launchers_look_again_before_taking_pointers():
 
 SWEEP = """
 import json, torch
-from unittest import mock
 from sora_kernels import _launches, audit
-from sora_kernels.ops.conv3d_bn_act import depthwise
+from sora_kernels.ops.conv3d_bn_act import depthwise, launches
 from sora_kernels.ops.conv3d_bn_act.window import Window
 from triton.runtime.jit import JITFunction
 
@@ -310,7 +309,7 @@ def compile(self, key, *args, **kwargs):
 
 JITFunction._do_compile = compile
 window = Window((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), groups=54)
-with audit._offline("sm_90"), mock.patch.object(depthwise, "arch_of", lambda device: "sm90"):
+with audit._offline("sm_90"), launches.as_on("sm90"):
     for n, t, h, w in ((8, 16, 56, 56), (1, 1, 7, 7), (2, 5, 9, 11), (16, 32, 16, 1), (16, 64, 256, 256)):
         x = torch.empty(n, t, h, w, 54, dtype=torch.bfloat16, device="meta").permute(0, 4, 1, 2, 3)
         weight = torch.empty(54, 1, 3, 3, 3, dtype=x.dtype, device="meta")

@@ -253,9 +253,8 @@ def test_tf32_only_where_torch_allows_it(torch_precision):
 
 SWEEP = """
 import json, torch
-from unittest import mock
 from sora_kernels import _launches, audit
-from sora_kernels.ops.conv3d_bn_act import stem
+from sora_kernels.ops.conv3d_bn_act import stem, launches
 from sora_kernels.ops.conv3d_bn_act.window import Window
 from triton.runtime.jit import JITFunction
 
@@ -266,7 +265,7 @@ def compile(self, key, *args, **kwargs):
 
 JITFunction._do_compile = compile
 window = Window((3, 7, 7), (1, 2, 2), (1, 3, 3), (1, 3, 3))
-with audit._offline("sm_90"), mock.patch.object(stem, "arch_of", lambda device: "sm90"):
+with audit._offline("sm_90"), launches.as_on("sm90"):
     for n, t, h, w in ((8, 16, 112, 112), (1, 1, 7, 7), (2, 5, 33, 45), (16, 32, 16, 1), (8, 64, 512, 512)):
         x = torch.empty(n, 3, t, h, w, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(64, 3, 3, 7, 7, dtype=x.dtype, device="meta")

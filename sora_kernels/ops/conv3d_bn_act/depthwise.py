@@ -18,9 +18,10 @@ from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
 from . import depthwise_kernels as kernels
+from . import passes
 from .depthwise_kernels import Walk
 from .gemm import ACTIVATIONS, _check_like, _check_vectors, _readable, _require, pixel_stride
-from .passes import ACCUMULATORS, OP, accumulator, arch_of
+from .passes import ACCUMULATORS, OP, accumulator
 from .window import Window
 
 FORWARD, WGRAD = "_conv3d_depthwise_fwd_kernel", "_conv3d_depthwise_wgrad_kernel"
@@ -176,7 +177,7 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
     pixel_y = pixel_stride("dy", dy)
     readable = min(_readable(x, pixel_x, 1), _readable(dy, pixel_y, 1))
     walk = _walk(window, channels, readable, pixel_x, pixel_y)
-    plan = plan_wgrad(arch_of(x.device), walk, n, tuple(sizes), tuple(dy.shape[2:]), x.dtype)
+    plan = plan_wgrad(passes.arch_of(x.device), walk, n, tuple(sizes), tuple(dy.shape[2:]), x.dtype)
     taps = math.prod(window.kernel)
     chunks = plan.grid[0] // plan.constants["WALK"].pieces
     part = torch.empty(chunks, taps, channels, dtype=accumulator(x), device=x.device)
@@ -284,7 +285,7 @@ def _run(
     pixel_y = channels if residual is None else pixel_stride("residual", residual)
     walk = _walk(window, channels, _readable(x, pixel_x, 1), pixel_x, pixel_y)
     plan = plan_forward(
-        arch_of(x.device), walk, n, tuple(sizes), tuple(output), placed, x.dtype, statistics
+        passes.arch_of(x.device), walk, n, tuple(sizes), tuple(output), placed, x.dtype, statistics
     )
     # Channels innermost, and zeros for those that are read but are not there.
     packed = weight.reshape(channels, -1).t()

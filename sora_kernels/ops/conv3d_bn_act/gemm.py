@@ -15,13 +15,13 @@ from torch import Tensor
 from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
+from . import passes
 from .gemm_kernels import _conv3d_gemm_fwd_kernel
 from .gemm_wgrad_kernels import _conv3d_gemm_wgrad_kernel, _conv3d_gemm_wgrad_reduce_kernel
-from .passes import ACCUMULATORS, OP, accumulator, arch_of
+from .passes import ACCUMULATORS, OP, accumulator
 from .window import Window
 
 FORWARD, WGRAD = "_conv3d_gemm_fwd_kernel", "_conv3d_gemm_wgrad_kernel"
-REDUCE = "_conv3d_gemm_wgrad_reduce_kernel"
 ACTIVATIONS = ("", "relu", "silu", "leaky_relu")
 PLAIN = {"STRIDE_RESIDUAL": 0, "EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0}
 LEAST = 16  # tl.dot's least extent
@@ -30,6 +30,7 @@ VECTOR = 16  # bytes of the widest load
 AXIS_TAPS = 32  # bits of a set
 WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets are int64; the rest is room for a tile
 FILL = 528  # programs: four waves of a large GPU
+REDUCED = 256  # sums that one program makes of partials
 ROWS_PER_SPLIT = 512  # fewer, and writing the partials costs more than the products
 
 
@@ -153,7 +154,7 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
     k, groups = dy.shape[1], window.groups
     _require(can_run(window, c, k, x.dtype))
     plan = plan_wgrad(
-        arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype, stride_x, stride_dy,
+        passes.arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype, stride_x, stride_dy,
         _readable(x, stride_x, groups), _readable(dy, stride_dy, groups), precision(x.dtype),
     )  # fmt: skip
     splits = plan.grid[1]
@@ -164,10 +165,8 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
         part = torch.empty(splits, dw.numel(), dtype=accumulator(x), device=x.device)
     _conv3d_gemm_wgrad_kernel[plan.grid](x, dy, part, *plan.sizes, **plan.constants)
     if splits > 1:
-        config = _tuning.config(OP, REDUCE, arch_of(x.device), ())
-        block = config["BLOCK"]
-        _conv3d_gemm_wgrad_reduce_kernel[(triton.cdiv(dw.numel(), block),)](
-            part, dw, dw.numel(), splits, ACC=plan.constants["ACC"], **config
+        _conv3d_gemm_wgrad_reduce_kernel[(triton.cdiv(dw.numel(), REDUCED),)](
+            part, dw, dw.numel(), splits, ACC=plan.constants["ACC"], BLOCK=REDUCED
         )
     return dw
 
@@ -293,7 +292,7 @@ def _prepare(
     _check_like("weight", weight, x, (k, c // window.groups, *window.kernel))
     _require(can_run(window, c, k, x.dtype))
     plan = plan_forward(
-        arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype,
+        passes.arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype,
         stride, _readable(x, stride, window.groups), finite_tail, precision(x.dtype),
     )  # fmt: skip
     z = torch.empty(

@@ -1,4 +1,5 @@
-"""Every kernel through its launcher, for one layer: what ``audit`` compiles and ``tune`` times."""
+"""Every kernel through its launcher, for one layer: what ``audit`` compiles and ``tune`` times. The passes are here,
+the convolutions in ``conv_launches.py``."""
 
 from __future__ import annotations
 
@@ -8,19 +9,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._launches import Launch
-from . import passes
+from . import conv_launches, passes
+from .conv_launches import DTYPES
 
 OP = passes.OP
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GATED_LAYER = "r3d_18.layer1"
+PLAIN = "statistics", "forward", "backward"  # of fp32 and of the contiguous layout
 # A volume that is no multiple of 16 is a specialisation of its own: scalar accesses, where registers run out first.
 GATED_ODD = "r3d_18.layer4", "contiguous, bf16, backward, residual"
 
-# Configs that ``tune`` tries, by layout.
+# Configs that ``tune`` tries, by layout. Of the convolutions none yet: theirs were chosen by what the compiler made.
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "channels_last": {
         "BLOCK_M": (16, 32, 64, 128), "BLOCK_C": (32, 64, 128), "ITERATIONS": (1, 4, 16, 64),
@@ -30,6 +31,7 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "BLOCK_M": (512, 1024, 2048, 4096), "BLOCK_C": (1,), "ITERATIONS": (1, 2, 4, 8),
         "num_warps": (4, 8),
     },
+    "convolution": {"num_warps": ()},
 }  # fmt: skip
 
 
@@ -42,9 +44,15 @@ def launches(
         device: ``"meta"`` or ``"cuda"``.
         gated: only those that the test command compiles: one of each specialisation.
     """
+    yield from _passes(layer, shape, device, gated)
+    yield from conv_launches.launches(layer, shape, device=device, gated=gated)
+
+
+def _passes(layer: str, shape: dict[str, Any], device: str, gated: bool) -> Iterator[Launch]:
     if gated and layer not in (GATED_LAYER, GATED_ODD[0]):
         return
-    size = _output(shape)
+    _, *sizes = shape["input"]
+    size = [shape["batch"], shape["channels"], *conv_launches.window_of(shape).output(sizes)]
     for layout, memory_format in (
         ("channels_last", torch.channels_last_3d),
         ("contiguous", torch.contiguous_format),
@@ -62,7 +70,7 @@ def launches(
                 if gated and layer == GATED_ODD[0]:
                     wanted = label == GATED_ODD[1]
                 else:
-                    wanted = not plain or variant in ("statistics", "forward", "backward")
+                    wanted = not plain or variant in PLAIN
                 if wanted:
                     yield Launch(f"{layer}, {label}", names, key, run)
 
@@ -106,27 +114,24 @@ def _variants(
     yield "backward", backward, bwd(None, "y", "relu")
     yield "backward, residual", backward, bwd(residual, "output", "relu")
     yield "backward, residual, silu", backward, bwd(residual, "residual", "silu")
+    yield (
+        "backward, masked",
+        ("_act_bwd_kernel",),
+        lambda: passes.launch_masked(dz, y, activation="relu", negative_slope=0.01),
+    )
 
 
 @contextlib.contextmanager
 def as_on(arch: str) -> Iterator[None]:
     """Plans inside are those of ``arch`` (``"sm90"``), whatever device the tensors are on."""
-    with mock.patch.object(passes, "arch_of", lambda device: arch):
+    with mock.patch.object(passes, "arch_of", lambda device: arch):  # the one that all modules ask
         yield
 
 
 def forget_plans() -> None:
     """After a change of the configs."""
     passes.plan.cache_clear()
-
-
-def _output(shape: dict[str, Any]) -> list[int]:
-    groups = shape.get("groups", 1)
-    channels, *sizes = shape["input"]
-    x = torch.empty(shape["batch"], channels, *sizes, device="meta")
-    weight = torch.empty(shape["channels"], channels // groups, *shape["kernel"], device="meta")
-    stride, padding = shape.get("stride", 1), shape.get("padding", 0)
-    return list(F.conv3d(x, weight, None, stride, padding, 1, groups).shape)
+    conv_launches.forget_plans()
 
 
 def _dense(

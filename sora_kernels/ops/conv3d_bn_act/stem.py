@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
+from . import passes
 from .gemm import (
     ACTIVATIONS,
     FINISHED,
@@ -24,7 +25,7 @@ from .gemm import (
     pixel_stride,
     precision,
 )
-from .passes import ACCUMULATORS, OP, accumulator, arch_of
+from .passes import ACCUMULATORS, OP, accumulator
 from .stem_kernels import PIXEL, _conv3d_stem_fwd_kernel
 from .window import Window
 
@@ -165,7 +166,9 @@ def _prepare(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Plan, T
     k, *_ = weight.shape
     _require(can_run(window, c, k, x.dtype))
     _check_like("weight", weight, x, (k, c, *window.kernel))
-    plan = plan_forward(arch_of(x.device), window, n, k, tuple(sizes), x.dtype, precision(x.dtype))
+    plan = plan_forward(
+        passes.arch_of(x.device), window, n, k, tuple(sizes), x.dtype, precision(x.dtype)
+    )
     z = torch.empty(
         n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
     )
