@@ -29,8 +29,9 @@ pytest.importorskip("triton", exc_type=ImportError)
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from sora_kernels.ops.conv3d_bn_act import gemm, passes  # noqa: E402
-from sora_kernels.ops.conv3d_bn_act.gemm_kernels import _axis_bits, _pixel, _tap_bits  # noqa: E402
+from sora_kernels.ops.conv3d_bn_act import epilogue, gemm, passes, pixels  # noqa: E402
+from sora_kernels.ops.conv3d_bn_act.coordinates import pixel_number  # noqa: E402
+from sora_kernels.ops.conv3d_bn_act.gemm_kernels import _axis_bits, _tap_bits  # noqa: E402
 from sora_kernels.ops.conv3d_bn_act.window import Window  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -70,7 +71,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def small_tiles(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(_tuning, "config", lambda op, kernel, arch, key: SMALL[kernel])
     monkeypatch.setattr(gemm, "ROWS_PER_SPLIT", 20)
-    monkeypatch.setattr(gemm, "FINISHED", 4 * 32 * 16 // 4)  # half of a tile's columns at once
+    monkeypatch.setattr(epilogue, "FINISHED", 4 * 32 * 16 // 4)  # half of a tile's columns at once
     gemm.forget_plans()
     yield
     gemm.forget_plans()
@@ -167,12 +168,12 @@ def test_padded_pixels(form, dtype, stride):
 def test_reads_stay_within_the_storage():
     """The last pixel of a tight storage has no whole vector."""
     tight = torch.empty(2 * 8 - 3).as_strided((1, 5, 1, 1, 2), (16, 1, 16, 16, 8))
-    assert gemm._readable(tight, 8, 1) == 5
+    assert pixels.readable(tight, 8, 1) == 5
     roomy = torch.empty(2 * 8).as_strided((1, 5, 1, 1, 2), (16, 1, 16, 16, 8))
-    assert gemm._readable(roomy, 8, 1) == 8
+    assert pixels.readable(roomy, 8, 1) == 8
 
 
-@pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
+@pytest.mark.parametrize("activation", pixels.ACTIVATIONS)
 @pytest.mark.parametrize("parts", ["all", "no residual", "bias", "mean and variance"])
 def test_affine_epilogue(activation, parts):
     x, weight, window = make("3x3x3", torch.bfloat16)
@@ -320,7 +321,7 @@ def test_fp64_is_exact(form):
 @triton.jit
 def _store_pixels(out_ptr, T, H, W):
     n = tl.arange(0, 4).to(tl.int64)
-    tl.store(out_ptr + tl.arange(0, 4), _pixel(n, 1, 2, 3, T, H, W) * 64)
+    tl.store(out_ptr + tl.arange(0, 4), pixel_number(n, 1, 2, 3, T, H, W) * 64)
 
 
 def test_offsets_are_64_bit():

@@ -19,27 +19,27 @@ from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
 from . import depthwise_kernels as kernels
 from . import passes
-from .depthwise_kernels import Walk
-from .gemm import ACTIVATIONS, _check_like, _check_vectors, _readable, _require, pixel_stride
+from .depthwise_walk import Walk, shares
 from .passes import ACCUMULATORS, OP, accumulator
+from .pixels import (
+    VECTOR,
+    WIDEST,
+    Plan,
+    check_like,
+    empty,
+    epilogue_arguments,
+    pixel_stride,
+    readable,
+    require,
+)
 from .window import Window
 
 FORWARD, WGRAD = "_conv3d_depthwise_fwd_kernel", "_conv3d_depthwise_wgrad_kernel"
 
 MOST_TAPS = 15  # weights, or sums for them, that a lane holds at once
-VECTOR = 16  # bytes of the widest load
 MERGED_TILES = 256  # statistics that one program merges
 FILL = 1024  # programs of wgrad at most: its partial sums are no more
-WIDEST = (1 << 31) - (1 << 20)  # beyond, lanes are numbered in int64; the rest is room for a tile
 PLAIN = {"EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0}
-
-
-class Plan(NamedTuple):
-    """One launch: all of it that is not a pointer."""
-
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
 
 
 class Placed(NamedTuple):
@@ -88,21 +88,12 @@ def forward(
     Returns:
         [N, C, T', H', W'], dense ``channels_last_3d``, rounded once.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    if (mean is None) is not (variance is None):
-        raise ValueError("mean, variance: expected both or neither")
-    if mean is None and (bn_weight is not None or bn_bias is not None):
-        raise ValueError("bn_weight, bn_bias: expected None without mean and variance")
     z = _output(x, weight, window)
-    vectors = {
-        "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
-    }  # fmt: skip
-    _check_vectors(z, vectors)
-    epilogue = {"EPS": eps, "ACTIVATION": activation, "SLOPE": negative_slope}
-    if residual is not None:
-        _check_like("residual", residual, x, tuple(z.shape))
-    _run(x, weight, window, z, _dense(z), list(z.shape[2:]), residual, tuple(vectors.values()), epilogue)  # fmt: skip
+    vectors, _ = epilogue_arguments(
+        z, bias, mean, variance, bn_weight, bn_bias, residual, activation
+    )
+    constants = {"EPS": eps, "ACTIVATION": activation, "SLOPE": negative_slope}
+    _run(x, weight, window, z, _dense(z), list(z.shape[2:]), residual, vectors, constants)
     return z
 
 
@@ -144,9 +135,9 @@ def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> T
             f"dy: expected sizes {window.output(sizes)} for x's {list(sizes)}, got {tuple(dy.shape)}"
         )
     channels = dy.shape[1]
-    _require(can_run(window, channels, weight.shape[0], dy.dtype))
-    _check_like("weight", weight, dy, (channels, 1, *window.kernel))
-    dx = _empty(dy, (dy.shape[0], channels, *sizes))
+    require(can_run(window, channels, weight.shape[0], dy.dtype))
+    check_like("weight", weight, dy, (channels, 1, *window.kernel))
+    dx = empty(dy, (dy.shape[0], channels, *sizes))
     whole = _dense(dx)
     axes = [list(_classes(window, axis, size)) for axis, size in enumerate(sizes)]
     if any(not c.taps for axis in axes for c in axis):
@@ -172,11 +163,11 @@ def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
     """The gradient of the weight ``[C, 1, kt, kh, kw]``, in x's dtype; any stride, padding and dilation."""
     n, channels, *sizes = x.shape
     pixel_x = pixel_stride("x", x)
-    _require(can_run(window, channels, dy.shape[1], x.dtype))
-    _check_like("dy", dy, x, (n, channels, *window.output(sizes)))
+    require(can_run(window, channels, dy.shape[1], x.dtype))
+    check_like("dy", dy, x, (n, channels, *window.output(sizes)))
     pixel_y = pixel_stride("dy", dy)
-    readable = min(_readable(x, pixel_x, 1), _readable(dy, pixel_y, 1))
-    walk = _walk(window, channels, readable, pixel_x, pixel_y)
+    least = min(readable(x, pixel_x, 1), readable(dy, pixel_y, 1))
+    walk = _walk(window, channels, least, pixel_x, pixel_y)
     plan = plan_wgrad(passes.arch_of(x.device), walk, n, tuple(sizes), tuple(dy.shape[2:]), x.dtype)
     taps = math.prod(window.kernel)
     chunks = plan.grid[0] // plan.constants["WALK"].pieces
@@ -276,14 +267,14 @@ def _classes(window: Window, axis: int, size: int) -> Iterator[_Class]:
 
 def _run(
     x: Tensor, weight: Tensor, window: Window, z: Tensor, placed: Placed, output: list[int],
-    residual: Tensor | None, vectors: tuple[Tensor | None, ...], epilogue: dict[str, Any],
+    residual: Tensor | None, vectors: tuple[Tensor | None, ...], constants: dict[str, Any],
     statistics: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """The forward kernel; returns the tiles' statistics."""
     n, channels, *sizes = x.shape
     pixel_x = pixel_stride("x", x)
     pixel_y = channels if residual is None else pixel_stride("residual", residual)
-    walk = _walk(window, channels, _readable(x, pixel_x, 1), pixel_x, pixel_y)
+    walk = _walk(window, channels, readable(x, pixel_x, 1), pixel_x, pixel_y)
     plan = plan_forward(
         passes.arch_of(x.device), walk, n, tuple(sizes), tuple(output), placed, x.dtype, statistics
     )
@@ -294,7 +285,7 @@ def _run(
     if statistics:
         part = torch.empty(plan.grid[0], 4, channels, dtype=accumulator(x), device=x.device)
     kernels._conv3d_depthwise_fwd_kernel[plan.grid](
-        x, packed, z, residual, *vectors, part, *plan.sizes, **epilogue, **plan.constants
+        x, packed, z, residual, *vectors, part, *plan.sizes, **constants, **plan.constants
     )
     return part
 
@@ -303,16 +294,12 @@ def _output(x: Tensor, weight: Tensor, window: Window) -> Tensor:
     """The last look at x and weight before pointers are taken; an empty result of the right sizes."""
     pixel_stride("x", x)
     n, channels, *sizes = x.shape
-    _require(can_run(window, channels, weight.shape[0], x.dtype))
-    _check_like("weight", weight, x, (channels, 1, *window.kernel))
+    require(can_run(window, channels, weight.shape[0], x.dtype))
+    check_like("weight", weight, x, (channels, 1, *window.kernel))
     output = window.output(sizes)
     if min(n, *output) < 1:
         raise ValueError(f"x: expected at least one output, got {n} x {output} of {tuple(x.shape)}")
-    return _empty(x, (n, channels, *output))
-
-
-def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty(x, (n, channels, *output))
 
 
 def _dense(z: Tensor) -> Placed:
@@ -338,9 +325,9 @@ def _config(
     config = dict(_tuning.config(OP, kernel, arch, key))
     frames, columns = config.pop("FRAMES"), config.pop("COLUMNS")
     (kt, _, _), (st, _, sw), (dt, _, dw) = walk.kernel, walk.stride, walk.dilation
-    if not kernels.shares(frames, kt, st, dt):
+    if not shares(frames, kt, st, dt):
         frames, columns = 1, columns * 2
-    if not kernels.shares(columns, walk.taps_w, sw, dw):
+    if not shares(columns, walk.taps_w, sw, dw):
         columns = 1
     config["BLOCK_C"] = min(config["BLOCK_C"], triton.next_power_of_2(walk.channels))
     return walk._replace(frames=frames, columns=columns), config

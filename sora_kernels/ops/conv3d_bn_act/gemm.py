@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,30 +15,31 @@ from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
 from . import passes
+from .epilogue import finished
 from .gemm_kernels import _conv3d_gemm_fwd_kernel
 from .gemm_wgrad_kernels import _conv3d_gemm_wgrad_kernel, _conv3d_gemm_wgrad_reduce_kernel
 from .passes import ACCUMULATORS, OP, accumulator
+from .pixels import (
+    LEAST,
+    WIDEST,
+    Plan,
+    check_like,
+    empty,
+    epilogue_arguments,
+    is_whole,
+    pixel_stride,
+    precision,
+    readable,
+    require,
+)
 from .window import Window
 
 FORWARD, WGRAD = "_conv3d_gemm_fwd_kernel", "_conv3d_gemm_wgrad_kernel"
-ACTIVATIONS = ("", "relu", "silu", "leaky_relu")
 PLAIN = {"STRIDE_RESIDUAL": 0, "EPS": 0.0, "ACTIVATION": "", "SLOPE": 0.0}
-LEAST = 16  # tl.dot's least extent
-FINISHED = 1024  # sums a warp finishes at once, 32 a thread; half with statistics
-VECTOR = 16  # bytes of the widest load
 AXIS_TAPS = 32  # bits of a set
-WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets are int64; the rest is room for a tile
 FILL = 528  # programs: four waves of a large GPU
 REDUCED = 256  # sums that one program makes of partials
 ROWS_PER_SPLIT = 512  # fewer, and writing the partials costs more than the products
-
-
-class Plan(NamedTuple):
-    """One launch: all of it that is not a pointer."""
-
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
 
 
 def can_run(window: Window, channels: int, filters: int, dtype: torch.dtype) -> Verdict:
@@ -85,23 +85,12 @@ def forward(
     Returns:
         [N, K, T', H', W'], dense ``channels_last_3d``, rounded once.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    if (mean is None) is not (variance is None):
-        raise ValueError("mean, variance: expected both or neither")
-    if mean is None and (bn_weight is not None or bn_bias is not None):
-        raise ValueError("bn_weight, bn_bias: expected None without mean and variance")
     z, plan, laid = _prepare(x, weight, window, finite_tail)
-    vectors = {
-        "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
-    }  # fmt: skip
-    _check_vectors(z, vectors)
-    stride = 0
-    if residual is not None:
-        _check_like("residual", residual, x, tuple(z.shape))
-        stride = pixel_stride("residual", residual)
+    vectors, stride = epilogue_arguments(
+        z, bias, mean, variance, bn_weight, bn_bias, residual, activation
+    )
     _conv3d_gemm_fwd_kernel[plan.grid](
-        x, laid, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride, EPS=eps,
+        x, laid, z, *vectors, residual, None, *plan.sizes, STRIDE_RESIDUAL=stride, EPS=eps,
         ACTIVATION=activation, SLOPE=negative_slope, **plan.constants,
     )  # fmt: skip
     return z
@@ -134,7 +123,7 @@ def dgrad(
     if max(window.stride) > 1 or (window.replicate and max(*window.before, *window.after) > 0):
         raise ValueError(f"window: expected stride 1 and padding of zeros, got {window}")
     k, c, *kernel = weight.shape
-    _check_like("dy", dy, weight, (dy.shape[0], k, *window.output(sizes)))
+    check_like("dy", dy, weight, (dy.shape[0], k, *window.output(sizes)))
     groups = window.groups
     turned = weight.reshape(groups, k // groups, c, *kernel).transpose(1, 2).flip(3, 4, 5)
     turned = turned.reshape(groups * c, k // groups, *kernel)
@@ -148,14 +137,14 @@ def dgrad(
 def wgrad(x: Tensor, dy: Tensor, window: Window) -> Tensor:
     """The gradient of the weight ``[K, C / groups, kt, kh, kw]``, in x's dtype; any stride, padding and dilation."""
     stride_x = pixel_stride("x", x)
-    _check_like("dy", dy, x, (x.shape[0], dy.shape[1], *window.output(x.shape[2:])))
+    check_like("dy", dy, x, (x.shape[0], dy.shape[1], *window.output(x.shape[2:])))
     stride_dy = pixel_stride("dy", dy)
     n, c, *sizes = x.shape
     k, groups = dy.shape[1], window.groups
-    _require(can_run(window, c, k, x.dtype))
+    require(can_run(window, c, k, x.dtype))
     plan = plan_wgrad(
         passes.arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype, stride_x, stride_dy,
-        _readable(x, stride_x, groups), _readable(dy, stride_dy, groups), precision(x.dtype),
+        readable(x, stride_x, groups), readable(dy, stride_dy, groups), precision(x.dtype),
     )  # fmt: skip
     splits = plan.grid[1]
     dw = torch.empty(k, c // groups, *window.kernel, dtype=x.dtype, device=x.device)
@@ -191,17 +180,16 @@ def plan_forward(
     stride, readable: elements of x a pixel, and those of a group's that may be read, whatever they hold.
     """
     c, k = c // window.groups, k // window.groups
-    whole = _is_whole(dtype, stride, c if window.groups > 1 else 0)
+    whole = is_whole(dtype, stride, c if window.groups > 1 else 0)
     config = _config(FORWARD, arch, window, c, k, dtype, whole, {"BLOCK_N": k, "BLOCK_K": c})
     output = window.output(sizes)
     rows = _rows(n, output)
     block_m, block_n, block_k = (config[f"BLOCK_{a}"] for a in "MNK")
-    finished = FINISHED * config["num_warps"] // block_m
     programs = triton.cdiv(rows, block_m) * triton.cdiv(k, block_n) * window.groups
     constants = {
         "C": c, "K": k, "WINDOW": window, "READS": _reads(window), "STRIDE_X": stride,
         "READ": readable, "CLEAN": readable > c and not finite_tail, "PACKED": packed(c, block_k),
-        "FINISHED": max(finished, LEAST), "PRECISION": precision,
+        "FINISHED": finished(config, LEAST), "PRECISION": precision,
         "ACC": ACCUMULATORS.get(dtype, tl.float32), **config,
     }  # fmt: skip
     return Plan((programs,), (*sizes, *output, rows), constants)
@@ -214,7 +202,7 @@ def plan_wgrad(
 ) -> Plan:  # fmt: skip
     """As :func:`plan_forward`; the grid's second axis is the splits of the rows."""
     c, k = c // window.groups, k // window.groups
-    whole = _is_whole(dtype, stride_x, stride_dy, *((c, k) if window.groups > 1 else ()))
+    whole = is_whole(dtype, stride_x, stride_dy, *((c, k) if window.groups > 1 else ()))
     config = _config(WGRAD, arch, window, c, k, dtype, whole, {"BLOCK_N": k, "BLOCK_C": c})
     output = window.output(sizes)
     rows = _rows(n, output)
@@ -241,12 +229,6 @@ def forget_plans() -> None:
     plan_wgrad.cache_clear()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's ``input_precision``: TF32 only where torch's own convolutions may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
-
-
 def packed(extent: int, block: int) -> int:
     return triton.cdiv(extent, block) * block
 
@@ -261,27 +243,6 @@ def pack(weight: Tensor, channels: int) -> Tensor:
     return laid
 
 
-def pixel_stride(name: str, x: Tensor) -> int:
-    """Elements from one pixel of x ``[N, C, T, H, W]`` to the next; raises where pixels are not evenly spaced."""
-    if x.dim() != 5:
-        raise ValueError(f"{name}: expected 5 dimensions [N, C, T, H, W], got {tuple(x.shape)}")
-    n, c, *sizes = x.shape
-    found, inner = None, 1
-    even = c == 1 or x.stride(1) == 1
-    for axis in (4, 3, 2, 0):  # a size-1 axis may carry any stride
-        if x.shape[axis] > 1:
-            found = x.stride(axis) // inner if found is None else found
-            even = even and x.stride(axis) == found * inner
-        inner *= x.shape[axis]
-    found = c if found is None else found
-    if not even or found < c:
-        raise ValueError(
-            f"{name}: expected channels innermost and evenly spaced pixels (channels_last_3d), "
-            f"got {tuple(x.shape)} with strides {x.stride()}"
-        )
-    return found
-
-
 def _prepare(
     x: Tensor, weight: Tensor, window: Window, finite_tail: bool, name: str = "x"
 ) -> tuple[Tensor, Plan, Tensor]:
@@ -289,32 +250,14 @@ def _prepare(
     stride = pixel_stride(name, x)
     n, c, *sizes = x.shape
     k = weight.shape[0]
-    _check_like("weight", weight, x, (k, c // window.groups, *window.kernel))
-    _require(can_run(window, c, k, x.dtype))
+    check_like("weight", weight, x, (k, c // window.groups, *window.kernel))
+    require(can_run(window, c, k, x.dtype))
     plan = plan_forward(
         passes.arch_of(x.device), window, n, c, k, tuple(sizes), x.dtype,
-        stride, _readable(x, stride, window.groups), finite_tail, precision(x.dtype),
+        stride, readable(x, stride, window.groups), finite_tail, precision(x.dtype),
     )  # fmt: skip
-    z = torch.empty(
-        n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-    )
+    z = empty(x, (n, k, *plan.sizes[3:6]))
     return z, plan, pack(weight, plan.constants["PACKED"])
-
-
-def _readable(x: Tensor, stride: int, groups: int) -> int:
-    """Channels of a group that may be read: up to a whole vector, where the pixel and the storage have room for it."""
-    c = x.shape[1] // groups
-    if groups > 1 or not _is_whole(x.dtype, stride) or x.numel() == 0:
-        return c
-    vector = VECTOR // x.element_size()
-    whole = triton.cdiv(c, vector) * vector
-    end = x.storage_offset() + (x.numel() // c - 1) * stride + whole
-    return whole if end * x.element_size() <= x.untyped_storage().nbytes() else c
-
-
-def _is_whole(dtype: torch.dtype, *strides: int) -> bool:
-    """Whether rows at multiples of these strides are loaded by whole vectors."""
-    return not any(stride * dtype.itemsize % VECTOR for stride in strides)
 
 
 def _config(
@@ -360,26 +303,3 @@ def _reads(window: Window) -> str:
         return "clamped" if window.replicate else "masked"
     single = max(*window.kernel, *window.stride) == 1
     return "rows" if single and min(sides) == 0 else "inside"
-
-
-def _check_like(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if t.dtype != x.dtype or t.device != x.device or tuple(t.shape) != shape:
-        raise ValueError(
-            f"{name}: expected {shape} {x.dtype} on {x.device}, got {tuple(t.shape)} {t.dtype} on {t.device}"
-        )
-
-
-def _check_vectors(z: Tensor, vectors: dict[str, Tensor | None]) -> None:
-    for name, v in vectors.items():
-        if v is not None and (
-            v.shape != (z.shape[1],) or v.device != z.device or not v.is_contiguous()
-        ):
-            raise ValueError(
-                f"{name}: expected ({z.shape[1]},) contiguous on {z.device}, "
-                f"got {tuple(v.shape)} with strides {v.stride()} on {v.device}"
-            )
-
-
-def _require(verdict: Verdict) -> None:
-    if not verdict.ok:
-        raise ValueError(verdict.why)

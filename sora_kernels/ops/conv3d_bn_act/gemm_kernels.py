@@ -12,30 +12,10 @@ import triton
 import triton.language as tl
 
 from ..common.dot import dot
-from .elementwise import _activate
+from .coordinates import clamped_pixel, is_inside, output_place, pixel_number
+from .epilogue import finish
 
 SET = tl.constexpr(32)  # taps in one set of bits
-
-
-@triton.jit
-def _decode(row, TO, HO, WO):
-    """n, t, h, w of an output pixel."""
-    w = row % WO
-    row = row // WO
-    h = row % HO
-    row = row // HO
-    return row // TO, row % TO, h, w
-
-
-@triton.jit
-def _inside(at, size, BEFORE: tl.constexpr, AFTER: tl.constexpr):
-    """Whether a coordinate is on the map; an axis without padding cannot leave it."""
-    if BEFORE > 0 or AFTER > 0:
-        return at.to(tl.uint32) < size.to(
-            tl.uint32
-        )  # one comparison: what is negative becomes large
-    else:
-        return at == at
 
 
 @triton.jit
@@ -45,7 +25,7 @@ def _axis_bits(first, size, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     bits = tl.zeros(first.shape, dtype=tl.int32)
     for k in tl.static_range(KERNEL):
         at = first + k * WINDOW.dilation[AXIS]
-        inside = _inside(at, size, WINDOW.before[AXIS], WINDOW.after[AXIS])
+        inside = is_inside(at, size, WINDOW.before[AXIS], WINDOW.after[AXIS])
         bits |= inside.to(tl.int32) << k
     return bits
 
@@ -80,114 +60,6 @@ def _is_valid(bits_t, bits_h, bits_w, tap, kt, kh, kw, WINDOW: tl.constexpr):
         return (bits_w >> tap) & 1 != 0
     else:
         return (bits_t >> kt) & (bits_h >> kh) & (bits_w >> kw) & 1 != 0
-
-
-@triton.jit
-def _pixel(n, t, h, w, T, H, W):
-    """A pixel's number; n is int64 where the map can pass 2^31 elements."""
-    return ((n * T + t) * H + h) * W + w
-
-
-@triton.jit
-def _clamp(at, size, BEFORE: tl.constexpr, AFTER: tl.constexpr):
-    if BEFORE > 0 or AFTER > 0:
-        at = tl.minimum(tl.maximum(at, 0), size - 1)
-    return at
-
-
-@triton.jit
-def _clamped(n, t, h, w, kt, kh, kw, T, H, W, WINDOW: tl.constexpr):
-    """The pixel a tap reads where padding repeats the border."""
-    t = _clamp(t + kt * WINDOW.dilation[0], T, WINDOW.before[0], WINDOW.after[0])
-    h = _clamp(h + kh * WINDOW.dilation[1], H, WINDOW.before[1], WINDOW.after[1])
-    w = _clamp(w + kw * WINDOW.dilation[2], W, WINDOW.before[2], WINDOW.after[2])
-    return _pixel(n, t, h, w, T, H, W)
-
-
-@triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile's left and right columns; of an accumulator, other registers of the same threads."""
-    tile = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    return tl.split(tile)
-
-
-@triton.jit
-def _affine_act(
-    acc, offs_residual, mask, filters, mask_n, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,
-    residual_ptr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """act(((acc + bias) - mean) / std * bn_weight + bn_bias + residual); absent parts (None) cost nothing."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if mean_ptr is not None:
-        acc -= tl.load(mean_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
-        variance = tl.load(variance_ptr + filters, mask=mask_n, other=1.0).to(ACC)
-        scale = 1.0 / tl.sqrt(variance + EPS)
-        if bn_weight_ptr is not None:
-            scale *= tl.load(bn_weight_ptr + filters, mask=mask_n, other=1.0).to(ACC)
-        acc *= scale[None, :]
-        if bn_bias_ptr is not None:
-            acc += tl.load(bn_bias_ptr + filters, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offs_residual, mask=mask, other=0.0).to(ACC)
-    return _activate(acc, ACTIVATION, SLOPE)
-
-
-@triton.jit
-def _store_statistics(y, part_ptr, left, mask_m, filters, mask_n, FILTERS: tl.constexpr):
-    """Mean and M2 of the tile's rows; the mean in two steps, for under a large one a sum's rounding shows."""
-    rows = left.to(y.dtype)
-    mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / rows
-    delta = tl.where(mask_m, y - mean[None, :], 0.0)
-    off = tl.sum(delta, axis=0) / rows
-    tl.store(part_ptr + filters, mean + off, mask=mask_n)
-    m2 = tl.sum(delta * delta, axis=0) - rows * off * off
-    tl.store(part_ptr + FILTERS + filters, m2, mask=mask_n)
-
-
-@triton.jit
-def _finish(
-    acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
-    pid_m, first, group, M,
-    K: tl.constexpr, FILTERS: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, EPS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FINISHED: tl.constexpr,
-):  # fmt: skip
-    """Everything after the sums, of the columns from ``first`` on: few at once, so that registers suffice."""
-    AT_ONCE: tl.constexpr = FINISHED if part_ptr is None else FINISHED // 2
-    if BLOCK_N > AT_ONCE:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _finish(
-            left, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
-            pid_m, first, group, M, K, FILTERS, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
-            BLOCK_M, BLOCK_N // 2, FINISHED,
-        )  # fmt: skip
-        _finish(
-            right, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
-            pid_m, first + BLOCK_N // 2, group, M, K, FILTERS, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,
-            BLOCK_M, BLOCK_N // 2, FINISHED,
-        )  # fmt: skip
-    else:
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = first + tl.arange(0, BLOCK_N)
-        mask_m = (offs_m < M)[:, None]
-        mask_n = offs_n < K
-        mask = mask_m & mask_n[None, :]
-        filters = group * K + offs_n
-        pixels = offs_m.to(tl.int64)[:, None]
-        if part_ptr is None:
-            offs_residual = pixels * STRIDE_RESIDUAL + filters[None, :]
-            y = _affine_act(
-                acc, offs_residual, mask, filters, mask_n, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr,
-                bn_bias_ptr, residual_ptr, EPS, ACTIVATION, SLOPE, ACC,
-            ).to(z_ptr.dtype.element_ty)  # fmt: skip
-        else:
-            # Of the values as stored: those are what will be normalised.
-            y = acc.to(z_ptr.dtype.element_ty)
-            left = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
-            part_ptr += pid_m.to(tl.int64) * 2 * FILTERS
-            _store_statistics(y.to(ACC), part_ptr, left, mask_m, filters, mask_n, FILTERS)
-        tl.store(z_ptr + pixels * FILTERS + filters[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "H", "W", "TO", "HO", "WO", "M"])
@@ -226,12 +98,12 @@ def _conv3d_gemm_fwd_kernel(
     if READS == "rows":
         pixel = row.to(tl.int64)
     else:
-        n, t, h, w = _decode(row, TO, HO, WO)
+        n, t, h, w = output_place(row, TO, HO, WO)
         n = n.to(tl.int64)
         t = t * WINDOW.stride[0] - WINDOW.before[0]
         h = h * WINDOW.stride[1] - WINDOW.before[1]
         w = w * WINDOW.stride[2] - WINDOW.before[2]
-        pixel = _pixel(n, t, h, w, T, H, W)
+        pixel = pixel_number(n, t, h, w, T, H, W)
         if READS == "masked":
             bits_t, bits_h, bits_w = _tap_bits(t, h, w, T, H, W, WINDOW)
 
@@ -246,10 +118,10 @@ def _conv3d_gemm_fwd_kernel(
         kh = tap // KW % KH
         kw = tap % KW
         if READS == "clamped":
-            at = _clamped(n, t, h, w, kt, kh, kw, T, H, W, WINDOW)
+            at = clamped_pixel(n, t, h, w, kt, kh, kw, T, H, W, WINDOW)
             a_ptrs = x_ptr + at[:, None] * STRIDE_X + (first + offs_k)[None, :]
         else:
-            moved = _pixel(
+            moved = pixel_number(
                 0, (kt * WINDOW.dilation[0]).to(tl.int64),
                 kh * WINDOW.dilation[1], kw * WINDOW.dilation[2], T, H, W,
             )  # fmt: skip
@@ -268,7 +140,7 @@ def _conv3d_gemm_fwd_kernel(
         b = tl.load(w_ptrs + step * BLOCK_K)
         acc = dot(a, b, acc, PRECISION)
 
-    _finish(
+    finish(
         acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
         pid_m, pid_n * BLOCK_N, group, M,
         K, K * WINDOW.groups, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC,

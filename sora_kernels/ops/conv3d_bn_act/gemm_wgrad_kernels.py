@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.dot import dot
-from .gemm_kernels import _clamped, _decode, _inside, _pixel
+from .coordinates import clamped_pixel, is_inside, output_place, pixel_number
 
 
 @triton.jit
@@ -43,16 +43,16 @@ def _x_tile(
     kt, kh, kw = _tap(first_tap, NEXT, WINDOW, SHARE)
     valid = mask_m
     if READS == "clamped":
-        pixel = _clamped(n, t, h, w, kt, kh, kw, T, H, W, WINDOW)
+        pixel = clamped_pixel(n, t, h, w, kt, kh, kw, T, H, W, WINDOW)
     else:
         kt *= WINDOW.dilation[0]
         kh *= WINDOW.dilation[1]
         kw *= WINDOW.dilation[2]
-        x_ptr += _pixel(0, kt.to(tl.int64), kh, kw, T, H, W) * STRIDE_X
+        x_ptr += pixel_number(0, kt.to(tl.int64), kh, kw, T, H, W) * STRIDE_X
         if READS == "masked":
-            valid &= _inside(t + kt, T, WINDOW.before[0], WINDOW.after[0])
-            valid &= _inside(h + kh, H, WINDOW.before[1], WINDOW.after[1])
-            valid &= _inside(w + kw, W, WINDOW.before[2], WINDOW.after[2])
+            valid &= is_inside(t + kt, T, WINDOW.before[0], WINDOW.after[0])
+            valid &= is_inside(h + kh, H, WINDOW.before[1], WINDOW.after[1])
+            valid &= is_inside(w + kw, W, WINDOW.before[2], WINDOW.after[2])
     mask = valid[:, None]
     if C % BLOCK_C != 0:
         mask = mask & (offs_c < READ)[None, :]
@@ -88,12 +88,12 @@ def _conv3d_gemm_wgrad_kernel(
     start = split * chunk
     end = tl.minimum(start + chunk, M)
     row = start + offs_m
-    n, t, h, w = _decode(row, TO, HO, WO)
+    n, t, h, w = output_place(row, TO, HO, WO)
     t = t * WINDOW.stride[0] - WINDOW.before[0]
     h = h * WINDOW.stride[1] - WINDOW.before[1]
     w = w * WINDOW.stride[2] - WINDOW.before[2]
     # BLOCK_M rows as a place on x's map: the loop moves rows on by adding it, with carries, not by division.
-    step_n, step_t, step_h, step_w = _decode(BLOCK_M, TO, HO, WO)
+    step_n, step_t, step_h, step_w = output_place(BLOCK_M, TO, HO, WO)
     step_t *= WINDOW.stride[0]
     step_h *= WINDOW.stride[1]
     step_w *= WINDOW.stride[2]
@@ -117,7 +117,7 @@ def _conv3d_gemm_wgrad_kernel(
         if READS == "rows":
             pixel = (first + offs_m).to(INDEX)
         else:
-            pixel = _pixel(at, t, h, w, T, H, W)
+            pixel = pixel_number(at, t, h, w, T, H, W)
         x = _x_tile(
             x_ptr, pixel, at, t, h, w, mask_m, tap, offs_c,
             T, H, W, 0, SHARE, C, READ_X, WINDOW, READS, STRIDE_X, BLOCK_C,

@@ -4,7 +4,6 @@ wgrad is the implicit GEMM's."""
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,31 +15,14 @@ from ... import _tuning
 from ..._dispatch import YES, Verdict, no
 from ..common.dtypes import DTYPES
 from . import passes
-from .gemm import (
-    ACTIVATIONS,
-    FINISHED,
-    _check_like,
-    _check_vectors,
-    _require,
-    pixel_stride,
-    precision,
-)
+from .epilogue import finished
 from .passes import ACCUMULATORS, OP, accumulator
+from .pixels import LEAST, WIDEST, Plan, check_like, empty, epilogue_arguments, precision, require
 from .stem_kernels import PIXEL, _conv3d_stem_fwd_kernel
 from .window import Window
 
 FORWARD = "_conv3d_stem_fwd_kernel"
-LEAST = 16  # tl.dot's least extent
 MOST_COLUMNS = 32  # taps along w: a reduction step of 128
-WIDEST = (1 << 31) - (1 << 20)  # beyond, rows are numbered in int64; the rest is room for a tile
-
-
-class Plan(NamedTuple):
-    """One launch: all of it that is not a pointer."""
-
-    grid: tuple[int]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
 
 
 def can_run(window: Window, channels: int, filters: int, dtype: torch.dtype) -> Verdict:
@@ -85,23 +67,12 @@ def forward(
     Returns:
         [N, K, T', H', W'], dense ``channels_last_3d``, rounded once.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    if (mean is None) is not (variance is None):
-        raise ValueError("mean, variance: expected both or neither")
-    if mean is None and (bn_weight is not None or bn_bias is not None):
-        raise ValueError("bn_weight, bn_bias: expected None without mean and variance")
     z, plan, pixels, packed = _prepare(x, weight, window)
-    vectors = {
-        "bias": bias, "mean": mean, "variance": variance, "bn_weight": bn_weight, "bn_bias": bn_bias,
-    }  # fmt: skip
-    _check_vectors(z, vectors)
-    stride = 0
-    if residual is not None:
-        _check_like("residual", residual, x, tuple(z.shape))
-        stride = pixel_stride("residual", residual)
+    vectors, stride = epilogue_arguments(
+        z, bias, mean, variance, bn_weight, bn_bias, residual, activation
+    )
     _conv3d_stem_fwd_kernel[plan.grid](
-        pixels, packed, z, *vectors.values(), residual, None, *plan.sizes, STRIDE_RESIDUAL=stride,
+        pixels, packed, z, *vectors, residual, None, *plan.sizes, STRIDE_RESIDUAL=stride,
         EPS=eps, ACTIVATION=activation, SLOPE=negative_slope, **plan.constants,
     )  # fmt: skip
     return z
@@ -141,7 +112,7 @@ def plan_forward(
     rows = n * t * h * w
     constants = {
         "K": k, "WINDOW": window, "PRECISION": precision, "ACC": ACCUMULATORS.get(dtype, tl.float32),
-        "FINISHED": max(LEAST, FINISHED * config["num_warps"] // config["BLOCK_M"]),
+        "FINISHED": finished(config, LEAST),
         "INDEX": tl.int64 if rows >= WIDEST else tl.int32, "BLOCK_K": _segment(window), **config,
     }  # fmt: skip
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"]),)
@@ -164,14 +135,12 @@ def _prepare(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Plan, T
         raise ValueError(f"x: expected 5 dimensions [N, C, T, H, W], got {tuple(x.shape)}")
     n, c, *sizes = x.shape
     k, *_ = weight.shape
-    _require(can_run(window, c, k, x.dtype))
-    _check_like("weight", weight, x, (k, c, *window.kernel))
+    require(can_run(window, c, k, x.dtype))
+    check_like("weight", weight, x, (k, c, *window.kernel))
     plan = plan_forward(
         passes.arch_of(x.device), window, n, k, tuple(sizes), x.dtype, precision(x.dtype)
     )
-    z = torch.empty(
-        n, k, *plan.sizes[3:6], dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-    )
+    z = empty(x, (n, k, *plan.sizes[3:6]))
     kt, kh, kw = window.kernel
     packed = F.pad(weight.permute(0, 2, 3, 4, 1), (0, PIXEL.value - c))
     packed = packed.reshape(k, kt * kh, kw * PIXEL.value)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..common.dot import dot
-from .gemm_kernels import _decode, _finish, _pixel
+from .coordinates import output_place, pixel_number
+from .epilogue import finish
 
 PIXEL = tl.constexpr(4)
 
@@ -41,7 +42,7 @@ def _conv3d_stem_fwd_kernel(
     filters = pid % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and filters past the end repeat the last one and are not stored.
-    n, t, h, w = _decode(tl.minimum(offs_m, M - 1), TO, HO, WO)
+    n, t, h, w = output_place(tl.minimum(offs_m, M - 1), TO, HO, WO)
     t = t * WINDOW.stride[0] - WINDOW.before[0]
     h = h * WINDOW.stride[1] - WINDOW.before[1]
     w = w * WINDOW.stride[2] - WINDOW.before[2]
@@ -49,7 +50,9 @@ def _conv3d_stem_fwd_kernel(
     at_w = w[:, None] + kw[None, :]
     inside_w = (kw < KW)[None, :] & (at_w >= 0) & (at_w < W)
 
-    x_ptrs = x_ptr + (_pixel(n.to(tl.int64), t, h, w, T, H, W) * PIXEL)[:, None] + offs_k[None, :]
+    x_ptrs = (
+        x_ptr + (pixel_number(n.to(tl.int64), t, h, w, T, H, W) * PIXEL)[:, None] + offs_k[None, :]
+    )
     weight_ptrs = (
         weight_ptr + tl.minimum(filters, K - 1)[None, :] * (KT * KH * BLOCK_K) + offs_k[:, None]
     )
@@ -63,7 +66,7 @@ def _conv3d_stem_fwd_kernel(
         b = tl.load(weight_ptrs + step * BLOCK_K)
         acc = dot(a, b, acc, PRECISION)
 
-    _finish(
+    finish(
         acc, z_ptr, bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr, residual_ptr, part_ptr,
         pid_m, pid % COLUMNS * BLOCK_N, 0, M,
         K, K, STRIDE_RESIDUAL, EPS, ACTIVATION, SLOPE, ACC, BLOCK_M, BLOCK_N, FINISHED,
