@@ -76,7 +76,7 @@ def test_again_with_what_was_kept_and_other_sizes():
     for sizes in 2 * ((4, 7, 9), (5, 6, 7), (1, 3, 3), (2, 8, 8), (3, 9, 4), (6, 5, 5)):
         x = torch.randn(1, 6, *sizes).contiguous(memory_format=CHANNELS_LAST)
         assert_close(m(x), stock(m, x), "composition_fp32")
-    assert len(onednn._FOLDED[m.conv.weight].ordered) == onednn._SHAPES
+    assert len(onednn._FOLDED[m.conv.weight].plans) == onednn._PLANS
 
 
 def training_of_the_stock_batch_norm(m: sk.nn.ConvBNAct3d) -> None:

@@ -25,31 +25,35 @@ from .window import Window
 
 # Of this library's activations: oneDNN's name for it.
 _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_relu"}
-_SHAPES = 4  # of x, whose ordered weights are kept
+_PLANS = 4  # kinds of call whose ordered weights are kept
 _SAMPLE = 256  # elements of a weight that are compared
+_SMALL = (
+    3 << 20
+)  # operations of a contiguous x, below which setting oneDNN up costs more than ATen's own loops
+_FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise convolution more than a plain GEMM
+
+
+class _Plan(NamedTuple):
+    """How one kind of call runs."""
+
+    way: str  # oneDNN's op "pointwise", "binary" (with the residual inside) or "plain" (passes after); "gemm"; "aten"
+    weight: Tensor | None  # in oneDNN's own order, or [C, K]; None: as it was folded
+    geometry: tuple[Any, ...]  # of oneDNN's ops
+    window: Window
+    activation: str
+    slope: list[float]
 
 
 class _Folded(NamedTuple):
-    form: tuple[Any, ...]  # the weight's version and whatever else is no tensor
-    sample: Tensor
+    form: tuple[Any, ...]  # the weight's version, address and whatever else is no tensor
+    sampled: (
+        Tensor | None
+    )  # elements of the weight itself, from all over it, where they are one view
+    sample: Tensor  # what they were
     vectors: tuple[Tensor | None, ...]  # as they were
     weight: Tensor | None  # None: as it is
     bias: Tensor | None
-    ordered: dict[tuple[Any, ...], Tensor]  # by x's shape and the window
-
-    def in_order(
-        self, weight: Tensor, shape: torch.Size, window: Window, geometry: tuple[Any, ...]
-    ) -> Tensor:
-        """This weight in oneDNN's own order for an x of this shape."""
-        key = (shape, window)
-        found = self.ordered.get(key)
-        if found is None:
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            found = reorder(weight.detach(), *geometry, shape)
-            while len(self.ordered) >= _SHAPES:
-                self.ordered.pop(next(iter(self.ordered)), None)
-            self.ordered[key] = found
-        return found
+    plans: dict[tuple[Any, ...], _Plan]
 
 
 _FOLDED = WeakTensorKeyDictionary()
@@ -92,47 +96,86 @@ def forward(
     memory_format: torch.memory_format,
 ) -> Tensor:  # fmt: skip
     """z in ``memory_format``; mean and variance None: no normalisation."""
-    own = _fold(weight, bias, bn_weight, bn_bias, mean, variance, options.eps, window)
-    if not window.symmetric:
-        x, window = pad(x, window), window._replace(before=(0, 0, 0), after=(0, 0, 0))
+    own = _fold(weight, (bias, bn_weight, bn_bias, mean, variance), options.eps, window)
+    key = (x.shape, window, options, residual is None, memory_format)
+    plan = own.plans.get(key)
+    if plan is None:
+        plan = _plan(own, x, weight, residual is not None, window, options, memory_format)
+        while len(own.plans) >= _PLANS:
+            own.plans.pop(next(iter(own.plans)), None)
+        own.plans[key] = plan
+    if window is not plan.window:
+        x = pad(x, window)
     x = x.contiguous(memory_format=memory_format)
-    w = weight if own.weight is None else own.weight
-    if window.transposed or not (
-        memory_format is torch.channels_last_3d or math.prod(window.kernel) > 1
-    ):
-        # ATen's pointwise convolution is a plain GEMM here, and faster.
-        z = convolve(x, w, window, own.bias)
-        return finish(z.contiguous(memory_format=memory_format), residual, options)
-    geometry = ([*window.before], [*window.stride], [*window.dilation], window.groups)
-    if memory_format is torch.channels_last_3d:
-        w = own.in_order(w, x.shape, window, geometry)
-    activation = options.activation
-    if residual is None:
-        slope = [options.negative_slope] if activation == "leaky_relu" else []
+    w = plan.weight if plan.weight is not None else weight if own.weight is None else own.weight
+    if plan.way == "pointwise":
         return torch.ops.mkldnn._convolution_pointwise(
-            x, w, own.bias, *geometry, _POST_OPS[activation], slope, ""
+            x, w, own.bias, *plan.geometry, plan.activation, plan.slope, ""
         )
-    # Elsewhere this op is ATen's convolution and a sum that does not know bf16.
-    if activation in ("", "relu") and window.groups == 1 and not x.is_contiguous():
+    if plan.way == "binary":
+        assert residual is not None
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual.contiguous(memory_format=memory_format), w, own.bias, *geometry, "add", 1.0,
-            activation or None, [], "",
+            x, residual.contiguous(memory_format=memory_format), w, own.bias, *plan.geometry, "add", 1.0,
+            plan.activation, [], "",
         )  # fmt: skip
-    z = torch.ops.mkldnn._convolution_pointwise(x, w, own.bias, *geometry, "none", [], "")
+    if plan.way == "gemm":
+        assert plan.weight is not None
+        pixels = x.permute(0, 2, 3, 4, 1)
+        rows = pixels.reshape(-1, pixels.shape[-1])
+        z = rows.mm(plan.weight) if own.bias is None else torch.addmm(own.bias, rows, plan.weight)
+        z = z.view(*pixels.shape[:-1], -1).permute(0, 4, 1, 2, 3)
+    elif plan.way == "plain":
+        z = torch.ops.mkldnn._convolution_pointwise(x, w, own.bias, *plan.geometry, "none", [], "")
+    else:
+        z = convolve(x, w, plan.window, own.bias).contiguous(memory_format=memory_format)
     return finish(z, residual, options)
 
 
+def _plan(
+    own: _Folded, x: Tensor, weight: Tensor, has_residual: bool, window: Window, options: Options,
+    memory_format: torch.memory_format,
+) -> _Plan:  # fmt: skip
+    channels_last = memory_format is torch.channels_last_3d
+    if not window.symmetric:
+        shape = pad(x, window).shape
+        window = window._replace(before=(0, 0, 0), after=(0, 0, 0), replicate=False)
+    else:
+        shape = x.shape
+    geometry = ([*window.before], [*window.stride], [*window.dilation], window.groups)
+    slope = [options.negative_slope] if options.activation == "leaky_relu" else []
+    plan = _Plan("pointwise", None, geometry, window, _POST_OPS[options.activation], slope)
+    pixels = shape[0] * math.prod(window.output(shape[2:]))
+    pointwise = math.prod(window.kernel) == 1
+    small = 2 * pixels * weight.numel() < _SMALL
+    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is grouped.
+    if window.transposed or (not channels_last and (pointwise or small or window.groups > 1)):
+        return plan._replace(way="aten")
+    if channels_last:
+        w = weight.detach() if own.weight is None else own.weight
+        still = max(window.stride) == 1 and not any(window.before)
+        if pointwise and still and window.groups == 1 and pixels < _FEW:
+            return plan._replace(way="gemm", weight=w.reshape(w.shape[:2]).t().contiguous())
+        ordered = torch.ops.mkldnn._reorder_convolution_weight(w, *geometry, shape)
+        plan = plan._replace(weight=ordered)
+    if not has_residual:
+        return plan
+    # Elsewhere the op with a residual is ATen's convolution and a sum that does not know bf16.
+    either = math.prod(shape[1:]) == max(shape[1], math.prod(shape[2:]))  # dense in both layouts
+    if options.activation in ("", "relu") and window.groups == 1 and channels_last and not either:
+        return plan._replace(way="binary", activation=options.activation or None)
+    return plan._replace(way="plain")
+
+
 def _fold(
-    weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
-    mean: Tensor | None, variance: Tensor | None, eps: float, window: Window,
-) -> _Folded:  # fmt: skip
-    vectors = (bias, bn_weight, bn_bias, mean, variance)
+    weight: Tensor, vectors: tuple[Tensor | None, ...], eps: float, window: Window
+) -> _Folded:
     # A tensor made in inference mode counts no versions.
     version = -1 if weight.is_inference() else weight._version
-    form = (version, eps, weight.dtype, window.transposed, window.groups)
+    form = (version, weight.data_ptr(), eps, weight.dtype, window.transposed, window.groups)
     found = _FOLDED.get(weight)
     if found is not None and found.form == form and _same(found, weight, vectors):
         return found
+    bias, bn_weight, bn_bias, mean, variance = vectors
     own = shift = None
     if mean is not None and variance is not None:
         scale, wide = scale_and_shift(bias, bn_weight, bn_bias, mean, variance, eps, torch.float32)
@@ -140,7 +183,9 @@ def _fold(
     elif bias is not None:
         shift = bias.detach().clone()
     kept = tuple(None if v is None else v.clone() for v in vectors)
-    folded = _Folded(form, _sample(weight).clone(), kept, own, shift, {})
+    sample = _sample(weight)
+    sampled = sample if sample.untyped_storage().data_ptr() == form[1] else None
+    folded = _Folded(form, sampled, sample.clone(), kept, own, shift, {})
     _FOLDED[weight] = folded
     return folded
 
@@ -149,11 +194,12 @@ def _same(found: _Folded, weight: Tensor, vectors: tuple[Tensor | None, ...]) ->
     for v, was in zip(vectors, found.vectors, strict=True):
         if v is not was and (v is None or was is None or v.dtype != was.dtype or not v.equal(was)):
             return False
-    return _sample(weight).equal(found.sample)
+    sampled = _sample(weight) if found.sampled is None else found.sampled
+    return sampled.equal(found.sample)
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Elements from all over it, in the order of its memory if that is dense."""
-    w = weight.detach()
+    """Elements from all over it: where it is dense a view, which keeps its memory alive and not the tensor."""
+    w = weight.data
     flat = (w if w.is_contiguous() else w.permute(0, 2, 3, 4, 1)).flatten()
     return flat[:: -(-flat.numel() // _SAMPLE)]

@@ -33,13 +33,14 @@ def _select(
     )  # fmt: skip
 
 
-def _promised(x: Tensor, weight: Tensor, tapes: bool, options: Options, chosen: str) -> bool:
-    """Whether z is laid out as promised. On the CPU, where ATen's small convolutions answer channels-last input
-    contiguously, z stays so where ATen computes it, as in the modules that this replaces.
-    """
-    if not x.is_cpu:
-        return True
-    return not tapes and options.norm != BATCH and chosen == "torch" and onednn.takes(x)
+def _by_onednn(tapes: bool, x: Tensor, window: Window, options: Options, backend: str) -> bool:
+    """Whether a call is one convolution by oneDNN: evaluation on the CPU, where nothing else is asked for."""
+    return (
+        not tapes
+        and options.norm != BATCH
+        and onednn.takes(x)
+        and backends.requested(backend, window, options) in ("", "torch")
+    )
 
 
 def forward(
@@ -48,37 +49,34 @@ def forward(
     """z, y, mean, invstd; y is empty where it is not kept, the last two without ``tapes`` or statistics.
 
     The passes run in the layout that the convolution chose for y: it is free, and ATen's channels-last statistics on
-    the CPU lose two digits.
+    the CPU lose two digits. z is laid out as promised but for that: on the CPU, where ATen's small convolutions answer
+    channels-last input contiguously, z stays so where ATen computes it, as in the modules that this replaces.
     """
+    wanted = memory_format(x, weight)
+    by_onednn = _by_onednn(tapes, x, window, options, backend)
+    if by_onednn and x.shape[0]:  # first, for most of a small call is its way through here
+        z = onednn.forward(
+            x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, window, options, wanted
+        )  # fmt: skip
+        return z, None, None, None
+    promised = by_onednn or not x.is_cpu
     output = (x.shape[0], window.filters(weight.shape), *window.output(x.shape[2:]))
     if options.norm == BATCH and not options.group and output[0] * _volume(output) == 1:
         raise ValueError(
             "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
             f"got a convolution output of {output}"
         )
-    chosen = _select(backend, x, weight, output, window, options, residual)
-    promised = _promised(x, weight, tapes, options, chosen.name)
-    wanted = memory_format(x, weight)
     if output[0] * output[1] == 0:
         z, *rest = _empty(x, weight, bias, bn_weight, running_mean, running_var, window, options)
         return z.contiguous(memory_format=wanted) if promised else z, *rest
-    impl = chosen.impl
+    impl = _select(backend, x, weight, output, window, options, residual).impl
     mean = invstd = None
     if options.keeps_y and (tapes or options.norm == BATCH):
         if options.norm == NONE:
             bias, bn_bias = None, bias
         z, y, mean, invstd = impl.forward(
-            x,
-            weight,
-            bias,
-            residual,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            window,
-            options,
-        )
+            x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, window, options
+        )  # fmt: skip
     else:
         y = None
         z = impl.fused(
@@ -211,16 +209,13 @@ def _laid_out(g: Tensor, x: Tensor, weight: Tensor, promised: bool) -> Tensor:
     return g.contiguous(memory_format=memory_format(x, weight))
 
 
-def fake_forward(tapes, x, weight, residual, window, options, backend):
+def fake_forward(tapes, x, weight, window, options, backend):
     """As :func:`forward`: y as ATen lays it out, z of the same sizes."""
     y = convolve(x, weight, window)
     if backends.requested(backend, window, options) == "triton":
         y = y.contiguous(memory_format=torch.channels_last_3d)
     z = torch.empty_like(y)
-    chosen = ""
-    if x.is_cpu and not tapes and options.norm != BATCH:
-        chosen = _select(backend, x, weight, y.shape, window, options, residual).name
-    if _promised(x, weight, tapes, options, chosen):
+    if not x.is_cpu or _by_onednn(tapes, x, window, options, backend):
         z = z.contiguous(memory_format=memory_format(x, weight))
     none = x.new_empty(0)
     vector = none if options.norm == NONE else x.new_empty(y.shape[1], dtype=_statistics_dtype(x))

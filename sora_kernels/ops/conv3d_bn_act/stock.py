@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import folded, onednn, reference
+from . import folded, reference
 from .convolution import convolve, convolve_backward, layout
 from .options import BATCH, NONE, Options
 from .window import Window
@@ -39,13 +39,9 @@ def fused(
     bn_bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, window: Window, options: Options,
     memory_format: torch.memory_format, tapes: bool,
 ) -> Tensor:  # fmt: skip
-    """z without y: one convolution by oneDNN on the CPU; elsewhere the passes, in place where they can be. With
-    ``tapes`` the weight is about to change: folding and ordering it for oneDNN would be for this call alone.
+    """z without y: the passes, in place where they can be. (Without tapes on the CPU: onednn.py. With them the weight
+    is about to change, and folding and ordering it would be for this call alone.)
     """
-    if not tapes and onednn.takes(x):
-        return onednn.forward(
-            x, weight, bias, residual, bn_weight, bn_bias, mean, variance, window, options, memory_format
-        )  # fmt: skip
     if options.norm == NONE:
         z = convolve(x, weight, window, bias)
         return folded.finish(z, residual, options)
