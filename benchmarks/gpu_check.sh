@@ -162,8 +162,10 @@ lstm|benchmarks/test_bench_lstm.py|test_lstm and cuda and not packed
 gru_packed|benchmarks/test_bench_lstm.py|cuda and (test_gru or packed)
 pyramid_pool3d|benchmarks/test_bench_pyramid_pool.py|bf16 and not maxavg
 models|benchmarks/test_bench_models.py|cuda
+stacks|benchmarks/test_bench_stacks.py|channels_last and bf16
 conv3d_bn_act_rest|benchmarks/test_bench_conv3d_bn_act.py|not (channels_last and bf16)
 rnn|benchmarks/test_bench_lstm.py|test_rnn and cuda and not packed
+stacks_rest|benchmarks/test_bench_stacks.py|not (channels_last and bf16)
 pyramid_pool3d_rest|benchmarks/test_bench_pyramid_pool.py|not (bf16 and not maxavg)
 LIST
   return $failed
