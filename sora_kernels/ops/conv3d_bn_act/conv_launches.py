@@ -21,7 +21,8 @@ GATED = {
     "r3d_18.layer1": ("bf16, affine, residual", "bf16, statistics", "bf16, dgrad", "bf16, wgrad",
                       "fp32, affine, residual"),
     "r3d_18.layer2": ("bf16, affine, residual",),
-    "x3d_m.res2.expand": ("bf16, affine", "bf16, dgrad"),  # whole vectors, and 54 channels of partial ones
+    "r2plus1d_18.stem.spatial": ("bf16, wgrad",),  # masked, of 3 and 45 channels
+    "x3d_m.res2.expand": ("bf16, affine", "bf16, dgrad"),  # 1x1x1; of 54 channels, no whole vectors
     "x3d_m.res2.depthwise": ("bf16, affine", "bf16, statistics", "bf16, wgrad"),
     "x3d_m.res4.depthwise": ("bf16, affine", "bf16, statistics", "bf16, wgrad"),
 }  # fmt: skip
