@@ -82,10 +82,12 @@ def test_launches_say_what_they_look_up(monkeypatch):
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda self, *args, **kwargs: None)
     asked: set[str] = set()
+    archs: set[str] = set()
     lookup = _tuning.config
 
     def recorded(op, kernel, arch, key):
         asked.add(kernel)
+        archs.add(arch)
         return lookup(op, kernel, arch, key)
 
     monkeypatch.setattr(_tuning, "config", recorded)
@@ -94,10 +96,12 @@ def test_launches_say_what_they_look_up(monkeypatch):
         for launch in launches.launches(layer, shape, device="meta"):
             asked.clear()
             launches.forget_plans()
-            launch.run()
+            with launches.as_on("sm90"):
+                launch.run()
             assert asked == set(launch.kernels), launch.label
             assert launch.key["layout"] in launches.CANDIDATES, launch.label
             found.update((kernel, launch.key["layout"]) for kernel in launch.kernels)
+    assert archs == {"sm90"}  # every module plans for the GPU that it is told
     shipped = {k: v for k, v in _tuning.rows("conv3d_bn_act", "default").items() if k != "dispatch"}
     assert {kernel for kernel, _ in found} == set(shipped)
     named = {
