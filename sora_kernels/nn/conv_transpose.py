@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class ConvTransposeBNAct3d(ActivatedConv):
         super().__init__()
         conv = nn.ConvTranspose3d(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
-            padding_mode, device=device, dtype=dtype,
+            cast(Any, padding_mode), device=device, dtype=dtype,
         )  # fmt: skip
         self._set(conv, activation, negative_slope, backend)
         self.bn: nn.BatchNorm3d | nn.SyncBatchNorm = nn.BatchNorm3d(
@@ -88,10 +88,10 @@ class ConvTransposeBNAct3d(ActivatedConv):
         output_size: Sequence[int] | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        conv = self.conv
+        conv: Any = self.conv
         output_padding = conv.output_padding
         if output_size is not None:
-            output_padding = conv._output_padding(  # type: ignore[assignment]
+            output_padding = conv._output_padding(
                 x, list(output_size), conv.stride, conv.padding, conv.kernel_size, 3, conv.dilation
             )
         return conv_transpose3d_bn_act(

@@ -1,5 +1,6 @@
-"""oneDNN's weight gradient of a strided Conv3d whose padded kernel is no shorter than the clip (7 frames, 7 taps, stride
-2, padding 3, on a CPU): garbage, NaN, or a write past the gradient that kills the process. Ours is right.
+"""oneDNN's weight gradient of a Conv3d whose padded kernel is no shorter than an axis (7 frames, 7 taps, stride 2,
+padding 3; in bf16 one frame, 3 taps, padding 2): garbage, NaN, or a write past the gradient that kills the process.
+Ours is right.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import sora_kernels as sk
-from sora_kernels.testing import assert_close
+from sora_kernels.testing import assert_close, assert_within_2x
 
 STOCK = """
 import sys, torch, torch.nn.functional as F
@@ -54,3 +55,15 @@ def test_ours(frames, kernel, channels_last):
         found.append(torch.autograd.grad(y, leaves, dy.to(dtype)))
     for ours, true in zip(*found, strict=True):
         assert_close(ours, true.float(), "composition_fp32")
+
+
+@pytest.mark.parametrize(("frames", "kernel"), [(1, (3, 5, 1)), (2, (4, 5, 5))])
+def test_ours_in_bf16(frames, kernel):
+    x, w = torch.randn(3, 2, frames, 8, 7).bfloat16(), torch.randn(5, 2, *kernel).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = w.to(dtype).requires_grad_()
+        y = sk.conv3d_act(x.to(dtype), leaf, padding=(2, 1, 0), activation=None)
+        dy = torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16().to(dtype)
+        found.append(torch.autograd.grad(y, leaf, dy)[0])
+    assert_within_2x(found[0], found[1].bfloat16(), found[1])

@@ -499,7 +499,9 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("SORA_BACKEND", "native")  # this operator has none: not bound
     assert sk.explain("conv3d_bn_act", x, weight, None, None, *running).chosen == "torch"
     monkeypatch.setenv("SORA_BACKEND", "conv3d_bn_act=native")
-    with pytest.raises(ValueError, match="SORA_BACKEND: conv3d_bn_act has the backends triton, hybrid"):
+    with pytest.raises(
+        ValueError, match="SORA_BACKEND: conv3d_bn_act has the backends triton, hybrid"
+    ):
         ours(running)(*inputs)
     monkeypatch.setenv("SORA_BACKEND", "=torch")
     with pytest.raises(ValueError, match="SORA_BACKEND: expected"):
@@ -520,7 +522,11 @@ def test_a_named_backend_runs_or_says_why(monkeypatch):
 
 def error_cases():
     x, w, v = torch.randn(2, 3, 3, 4, 4), torch.randn(6, 3, 3, 3, 3), torch.randn(6)
-    yield "backend", dict(backend="cudnn"), "backend must be one of triton, hybrid, torch, reference"
+    yield (
+        "backend",
+        dict(backend="cudnn"),
+        "backend must be one of triton, hybrid, torch, reference",
+    )
     yield "rank", dict(x=x[0]), r"x: expected 5 dimensions .* got \(3, 3, 4, 4\)"
     yield "weight rank", dict(weight=w[0]), "weight: expected 5 dimensions"
     yield "x dtype", dict(x=x.long()), "x: expected fp16, bf16, fp32 or fp64, got .*int64"

@@ -12,6 +12,7 @@ from ... import _env
 from ..._dispatch import YES, Backend, Operator, Verdict
 from ..common import triton_backend
 from . import arguments, choice, hybrid, own, reference_backend, stock
+from .convolution import layout
 from .options import BATCH, NONE, RUNNING, Options
 from .window import Window
 
@@ -31,10 +32,8 @@ class Facts(NamedTuple):
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Of the result: channels-last where x or weight is (and is not plain contiguous too), else contiguous."""
-    for t in (x, weight):
-        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
-            return torch.channels_last_3d
-    return torch.contiguous_format
+    found = layout(x)
+    return layout(weight) if found is torch.contiguous_format else found
 
 
 def _hybrid_can_run(facts: Facts) -> Verdict:

@@ -44,18 +44,21 @@ def convolve_backward(
 
 
 def _is_misread(x: Tensor, window: Window) -> bool:
-    """Whether oneDNN's gradient of the weight may be wrong, or write past its memory: a strided kernel no shorter than
-    the clip, padded in time (7 taps, stride 2, padding 3, 5 to 7 frames). Of x that is padded as a tensor it is right.
+    """Whether oneDNN's gradient of the weight may be wrong, or write past its memory, on a padded axis that is no
+    longer than the kernel: in bf16, and with two frames of padding or more (7 taps, stride 2, padding 3 of 5 to 7
+    frames). Of x that is padded as a tensor it is right.
     """
-    if not x.is_cpu or window.transposed:
+    if not x.is_cpu or window.transposed or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    reach = window.dilation[0] * (window.kernel[0] - 1) + 1
-    return window.stride[0] > 1 and window.before[0] > 0 and reach >= x.shape[2]
+    axes = zip(x.shape[2:], window.kernel, window.dilation, window.before, strict=True)
+    covered = [p if d * (k - 1) + 1 >= n else 0 for n, k, d, p in axes]
+    return max(covered) > 0 if x.dtype == torch.bfloat16 else covered[0] > 1
 
 
 def layout(t: Tensor) -> torch.memory_format:
-    """Of a tensor that is dense in one of the two; contiguous where it is in both, channels-last where in neither."""
-    return torch.contiguous_format if t.is_contiguous() else torch.channels_last_3d
+    """Channels-last where t is that and not contiguous too, else contiguous."""
+    last = t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
 
 
 def pad(x: Tensor, window: Window) -> Tensor:

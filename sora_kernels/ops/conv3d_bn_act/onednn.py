@@ -40,7 +40,7 @@ class _Plan(NamedTuple):
     weight: Tensor | None  # in oneDNN's own order, or [C, K]; None: as it was folded
     geometry: tuple[Any, ...]  # of oneDNN's ops
     window: Window
-    activation: str
+    activation: str | None
     slope: list[float]
 
 

@@ -33,13 +33,14 @@ _ARGUMENTS = (
 _TENSORS, _SIZES = 8, 7  # of the arguments; what follows is Options
 
 
-def _parse(weight: Tensor, flags: Sequence[Any]) -> tuple[Any, Options]:
+def _parse(weight: Any, flags: Sequence[Any]) -> tuple[Any, Options]:
     return of_schema(weight.shape, *flags[:_SIZES]), Options(*flags[_SIZES:])
 
 
 def _run_forward(tapes: bool, args: Sequence[Any]) -> Tensors:
     tensors, flags, backend = args[:_TENSORS], args[_TENSORS:-1], args[-1]
-    return run.forward(tapes, *tensors, *_parse(tensors[1], flags), backend)
+    window, options = _parse(tensors[1], flags)
+    return run.forward(tapes, *tensors, window, options, backend)  # type: ignore[call-arg]
 
 
 def _fake_forward(tapes: bool, args: Sequence[Any]) -> Tensors:
@@ -129,7 +130,7 @@ def _reference(tensors: Tensors, flags: tuple) -> Tensors:
     assert weight is not None
     window, options = _parse(weight, flags)
     _check_alone(options)
-    return (reference.conv3d_bn_act(*tensors, window, options),)  # type: ignore[arg-type]
+    return (reference.conv3d_bn_act(*tensors, window, options),)  # type: ignore[arg-type, call-arg]
 
 
 def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:

@@ -149,10 +149,12 @@ def launch_stats(
         length = p.total
     mean = torch.empty(p.c, dtype=part.dtype, device=y.device)
     invstd = torch.empty_like(mean)
-    low = momentum - ctypes.c_float(momentum).value  # Triton passes floats as fp32
+    # Triton passes floats as fp32, its interpreter as they are: the same two parts for both.
+    high = ctypes.c_float(momentum).value
+    low = momentum - high
     _bn_finalize_kernel[p.merge_grid](
         part, mean, invstd, running_mean, running_var, bias,
-        p.c, tiles, tiles_per_segment, length, p.total, momentum, low,
+        p.c, tiles, tiles_per_segment, length, p.total, high, low,
         EPS=eps, ROWS=rows, HAS_RUNNING=running_mean is not None, HAS_BIAS=bias is not None, **p.merge,
     )  # fmt: skip
     return mean, invstd

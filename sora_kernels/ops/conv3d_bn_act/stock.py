@@ -45,8 +45,9 @@ def fused(
     if options.norm == NONE:
         z = convolve(x, weight, window, bias)
         return folded.finish(z, residual, options)
-    y = convolve(x, weight, window)
-    return _after(y, bias, residual, bn_weight, bn_bias, mean, variance, options)[0]
+    # With its bias, as the modules do it: y is rounded once, at the same magnitude.
+    y = convolve(x, weight, window, bias)
+    return _after(y, None, residual, bn_weight, bn_bias, mean, variance, options)[0]
 
 
 def forward(
@@ -120,7 +121,8 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy, dresidual, dweight, dbias for ``needs`` of the same order (None where not needed)."""
-    if mean is None or invstd is None or options.group:
+    # By running statistics it comes here for SiLU alone, and ATen sums a channels-last tensor in a plain loop.
+    if mean is None or invstd is None or options.norm != BATCH or options.group:
         return reference.backward(
             dz, y, z, residual, mean, invstd, bn_weight, bn_bias, options, needs
         )
@@ -132,18 +134,16 @@ def backward(
     needs_dy, needs_dresidual, needs_dweight, needs_dbias = needs
     dy = dweight = dbias = None
     if needs_dy or needs_dweight or needs_dbias:
-        batch = options.norm == BATCH
-        # In evaluation the op rebuilds 1/std from the variance and eps: give it back ours.
-        running = (None, None) if batch else (mean, invstd.square().reciprocal())
         weight = torch.ones_like(mean) if bn_weight is None else bn_weight.to(mean.dtype)
         dy, dweight, dbias = aten.native_batch_norm_backward(
             da,
             y,
             weight,
-            *running,
+            None,
+            None,
             mean,
             invstd,
-            batch,
+            True,
             0.0,
             [needs_dy, needs_dweight, needs_dbias],
         )

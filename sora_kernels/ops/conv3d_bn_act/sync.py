@@ -15,7 +15,7 @@ def name_of(process_group: dist.ProcessGroup | None) -> str:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def merge(mean: Tensor, variance: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
