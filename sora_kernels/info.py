@@ -38,6 +38,10 @@ def _conv3d_bn_act(device: str) -> tuple[Any, ...]:
     return (x, weight, *torch.ones(4, 8, device=device))
 
 
+def _conv3d_act(device: str) -> tuple[Any, ...]:
+    return _conv3d_bn_act(device)[:2]
+
+
 def _recurrent(gates: int, device: str) -> tuple[Any, ...]:
     import torch
 
@@ -55,7 +59,9 @@ def _pyramid_pool3d(device: str) -> tuple[Any, ...]:
 
 # One small call an operator, arguments of its public function.
 SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "conv3d_act": _conv3d_act,
     "conv3d_bn_act": _conv3d_bn_act,
+    "conv_transpose3d_bn_act": _conv3d_bn_act,
     "gru": partial(_recurrent, 3),
     "lstm": partial(_recurrent, 4),
     "pyramid_pool3d": _pyramid_pool3d,

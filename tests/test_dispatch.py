@@ -123,7 +123,9 @@ def test_tuned_rows_match_then_take_the_nearest(monkeypatch):
 
 
 def test_every_shipped_config_is_found():
-    for kernel in _tuning.rows("conv3d_bn_act", "default"):
+    kernels = [k for k in _tuning.rows("conv3d_bn_act", "default") if "bn" in k or "act" in k]
+    assert len(kernels) == 5
+    for kernel in kernels:
         for layout in ("channels_last", "contiguous"):
             key = (("channels", 64), ("itemsize", 2), ("layout", layout))
             config = _tuning.config("conv3d_bn_act", kernel, "sm90", key)

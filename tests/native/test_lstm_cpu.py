@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -374,20 +370,9 @@ for dtype in tests.DTYPES:
 """
 
 
-@pytest.mark.parametrize("isa", ("generic", "avx2"))
-def test_each_instruction_set(isa):
+def test_each_instruction_set(on_other_isa):
     """The best one is every other test's."""
-    order = ("generic", "avx2", "avx512")
-    best = _native.module().lstm_cpu_isa()
-    if order.index(isa) > order.index(best):
-        pytest.skip(f"this machine has no {isa}")
-    if isa == best:
-        pytest.skip(f"{isa} is what the other tests run on")
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), isa],
-        env=os.environ | {"SORA_CPU_ISA": isa}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    on_other_isa(_native.module().lstm_cpu_isa(), PROGRAM)
 
 
 def anything(dtype: torch.dtype) -> Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -291,20 +287,9 @@ tests.check_random(1000, 1040)
 """
 
 
-@pytest.mark.parametrize("isa", ("generic", "avx2"))
-def test_each_instruction_set(isa):
+def test_each_instruction_set(on_other_isa):
     """The best one is every other test's."""
-    order = ("generic", "avx2", "avx512")
-    best = _native.module().pyramid_pool_cpu_isa()
-    if order.index(isa) > order.index(best):
-        pytest.skip(f"this machine has no {isa}")
-    if isa == best:
-        pytest.skip(f"{isa} is what the other tests run on")
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), isa],
-        env=os.environ | {"SORA_CPU_ISA": isa}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    on_other_isa(_native.module().pyramid_pool_cpu_isa(), PROGRAM)
 
 
 @pytest.mark.parametrize("name", ("contiguous", "channels_last"))

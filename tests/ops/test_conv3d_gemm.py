@@ -215,7 +215,8 @@ def test_statistics_describe_what_is_stored(dtype):
     y, part, rows = gemm.forward_with_statistics(x, weight, window)
     assert torch.equal(y, gemm.forward(x, weight, window))
     flat = y.permute(0, 2, 3, 4, 1).reshape(-1, y.shape[1])
-    for tile, (mean, m2) in zip(flat.split(rows), part, strict=True):
+    for tile, (low, mean, m2) in zip(flat.split(rows), part, strict=True):
+        assert (low.abs() <= mean.abs() * torch.finfo(mean.dtype).eps).all()
         for ours, of in (
             (mean, torch.mean),
             (m2, lambda t, axis: t.var(axis, correction=0) * len(t)),
@@ -224,10 +225,14 @@ def test_statistics_describe_what_is_stored(dtype):
             assert_within_2x(ours, plain, of(tile.double(), 0), terms=tile.abs().max().item())
 
 
-def test_variance_survives_a_large_mean(monkeypatch):
-    """Through the kernel that merges partials, at mean / std = 1000, of tiles as wide as the shipped ones."""
+@pytest.mark.parametrize("size", [(2, 1, 8, 8), (1, 2, 16, 31), (2, 4, 32, 63)], ids=str)
+def test_variance_survives_a_large_mean(monkeypatch, size):
+    """Through the kernel that merges partials, at mean / std = 1000, of tiles as wide as the shipped ones: one tile,
+    a few, many.
+    """
     monkeypatch.setitem(SMALL, gemm.FORWARD, SMALL[gemm.FORWARD] | {"BLOCK_M": 128})
-    x = torch.randn(2, 16, 4, 64, 63)
+    n, *sizes = size
+    x = torch.randn(n, 16, *sizes)
     x[:, 0] = 1.0
     weight = torch.randn(16, 16, 1, 1, 1) / 4
     weight[:, 0] = 1000.0

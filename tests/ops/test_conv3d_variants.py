@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,18 +150,24 @@ TRANSPOSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["relu", "silu", "leaky_relu", None])
-@pytest.mark.parametrize("name", WINDOWS)
+def cases(*axes: list) -> list:
+    """Every combination for the quick backends; through the interpreter every value of each axis."""
+    quick = [(b, *rest) for b in ("torch", "reference") for rest in itertools.product(*axes)]
+    longest = max(map(len, axes))
+    slow = [tuple(axis[i % len(axis)] for axis in axes) for i in range(longest)]
+    return [*quick, *(pytest.param("hybrid", *s, marks=pytest.mark.triton) for s in slow)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "activation", "name"), cases(["relu", "silu", "leaky_relu", None], list(WINDOWS))
+)
 def test_without_normalisation(backend, activation, name):
     residual = name in ("plain", "replicate")
     dtype = DTYPES[list(WINDOWS).index(name) % 3]
     check(WINDOWS[name], backend, dtype=dtype, activation=activation, norm=False, residual=residual)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", TRANSPOSED)
+@pytest.mark.parametrize(("backend", "training", "name"), cases([False, True], list(TRANSPOSED)))
 def test_transposed(backend, training, name):
     dtype = DTYPES[list(TRANSPOSED).index(name)]
     for activation, channels_last in (("relu", True), ("silu", False)):
@@ -170,16 +177,17 @@ def test_transposed(backend, training, name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["causal", "replicate", "strided, dilated, grouped"])
+@pytest.mark.parametrize(
+    ("backend", "training", "name"), cases([False, True], [n for n in WINDOWS if n != "plain"])
+)
 def test_padding_inside_the_operator(backend, training, name):
     check(WINDOWS[name], backend, training=training, channels_last=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "affine", "dtype"),
+    cases([True, False], [torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_running_statistics_with_gradients(backend, affine, dtype):
     """The gradients that come from the weight's instead of from y."""
     for activation in ("relu", "leaky_relu", None):
@@ -188,9 +196,9 @@ def test_running_statistics_with_gradients(backend, affine, dtype):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("name", ["act", "transposed", "frozen"])
+@pytest.mark.parametrize(
+    ("backend", "activation", "name"), cases(["silu", "relu"], ["act", "transposed", "frozen"])
+)
 def test_gradcheck(backend, activation, name):
     window = {"transposed": TRANSPOSED["output padding"]}.get(name, WINDOWS["causal"])
     size = (1, 1, 2) if name == "transposed" else (1, 2, 2)

@@ -30,9 +30,21 @@ def convolve(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = No
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias for ``needs`` (None where not needed). x is padded again: the copy is not kept."""
+    """dx, dweight and dbias for ``needs`` (None where not needed)."""
+    if not needs[1] or not window.symmetric or not _is_misread(x, window):
+        return gradients(dy, x, weight, window, needs)
+    dx, _, dbias = gradients(dy, x, weight, window, (needs[0], False, needs[2]))
+    unpadded = window._replace(before=_NONE, after=_NONE, replicate=False)
+    _, dweight, _ = gradients(dy, pad(x, window), weight, unpadded, (False, True, False))
+    return dx, dweight, dbias
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """ATen's gradients as they are. x is padded again: the copy is not kept."""
     padded, padding = x, window.before
-    if not window.symmetric or (needs[1] and _is_misread(x, window)):
+    if not window.symmetric:
         padded, padding = pad(x, window), _NONE
     dx, dweight, dbias = _convolution_backward(
         dy, padded, weight, [window.filters(weight.shape)], window.stride, padding, window.dilation,

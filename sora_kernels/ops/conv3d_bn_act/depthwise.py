@@ -104,7 +104,7 @@ def forward_with_statistics(
 
     Returns:
         y: [N, C, T', H', W'], dense ``channels_last_3d``.
-        part: [1, 2, C], of all rows: a tile of lanes is no run of rows, so tiles are merged here, in a fixed order.
+        part: [1, 3, C], of all rows: a tile of lanes is no run of rows, so tiles are merged here, in a fixed order.
         ROWS: all rows.
     """
     y = _output(x, weight, window)
@@ -119,7 +119,7 @@ def forward_with_statistics(
             part, merged, channels, tiles, BLOCK_T=MERGED_TILES, BLOCK_C=block_c
         )
         part = merged
-    return y, part[:, 2:], y.numel() // channels
+    return y, part[:, 1:], y.numel() // channels
 
 
 def dgrad(dy: Tensor, weight: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:

@@ -48,14 +48,18 @@ def _affine_act(
 
 @triton.jit
 def _store_statistics(y, part_ptr, left, mask_m, filters, mask_n, FILTERS: tl.constexpr):
-    """Mean and M2 of the tile's rows; the mean in two steps, for under a large one a sum's rounding shows."""
+    """Of the tile's rows the mean's rounding, the mean and M2. Under a large mean rounding shows: the mean is taken in
+    two steps, and what its sum rounds off is kept.
+    """
     rows = left.to(y.dtype)
     mean = tl.sum(tl.where(mask_m, y, 0.0), axis=0) / rows
     delta = tl.where(mask_m, y - mean[None, :], 0.0)
     off = tl.sum(delta, axis=0) / rows
-    tl.store(part_ptr + filters, mean + off, mask=mask_n)
+    rounded = mean + off
+    tl.store(part_ptr + filters, off - (rounded - mean), mask=mask_n)
+    tl.store(part_ptr + FILTERS + filters, rounded, mask=mask_n)
     m2 = tl.sum(delta * delta, axis=0) - rows * off * off
-    tl.store(part_ptr + FILTERS + filters, m2, mask=mask_n)
+    tl.store(part_ptr + 2 * FILTERS + filters, m2, mask=mask_n)
 
 
 @triton.jit
@@ -98,6 +102,6 @@ def finish(
             # Of the values as stored: those are what will be normalised.
             y = acc.to(z_ptr.dtype.element_ty)
             left = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
-            part_ptr += pid_m.to(tl.int64) * 2 * FILTERS
+            part_ptr += pid_m.to(tl.int64) * 3 * FILTERS
             _store_statistics(y.to(ACC), part_ptr, left, mask_m, filters, mask_n, FILTERS)
         tl.store(z_ptr + pixels * FILTERS + filters[None, :], y, mask=mask)

@@ -103,13 +103,14 @@ def forward_with_statistics(
 
     Returns:
         y: [N, K, T', H', W'], dense ``channels_last_3d``.
-        part: [tiles, 2, K]; tile i holds rows ``i * ROWS`` and on of the N*T'*H'*W'.
+        part: [tiles, 3, K], the mean's rounding, the mean and M2; tile i holds rows ``i * ROWS`` and on of the
+            N*T'*H'*W'.
         ROWS: rows of a tile; the last one's may be fewer.
     """
     y, plan, laid = _prepare(x, weight, window, finite_tail)
     rows = plan.constants["BLOCK_M"]
     tiles = triton.cdiv(y.numel() // y.shape[1], rows)
-    part = torch.empty(tiles, 2, y.shape[1], dtype=accumulator(y), device=y.device)
+    part = torch.empty(tiles, 3, y.shape[1], dtype=accumulator(y), device=y.device)
     _conv3d_gemm_fwd_kernel[plan.grid](
         x, laid, y, None, None, None, None, None, None, part, *plan.sizes, **PLAIN, **plan.constants
     )  # fmt: skip

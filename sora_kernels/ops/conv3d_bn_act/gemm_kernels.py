@@ -69,7 +69,7 @@ def _conv3d_gemm_fwd_kernel(
     z_ptr,  # [N, T', H', W', K of all groups]
     bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,  # [K of all groups]
     residual_ptr,  # like z, STRIDE_RESIDUAL elements a pixel
-    part_ptr,  # [tiles of rows, 2, K of all groups]; where given, y is stored as it is, and its statistics here
+    part_ptr,  # [tiles of rows, 3, K of all groups]; where given, y is stored as it is, and its statistics here
     T, H, W, TO, HO, WO, M,
     C: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, READS: tl.constexpr,  # C and K of a group
     STRIDE_X: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, READ: tl.constexpr, PACKED: tl.constexpr,

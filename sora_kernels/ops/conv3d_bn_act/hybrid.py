@@ -63,7 +63,7 @@ def after(
     """z, y, mean, invstd, as :func:`reference.after`.
 
     Args:
-        partials: y's statistics where a convolution's kernel has taken them: tiles ``[tiles, 2, K]`` and a tile's rows.
+        partials: y's statistics where a convolution's kernel has taken them: tiles ``[tiles, 3, K]`` and a tile's rows.
     """
     from . import passes
 

@@ -44,8 +44,9 @@ def _run_forward(tapes: bool, args: Sequence[Any]) -> Tensors:
 
 
 def _fake_forward(tapes: bool, args: Sequence[Any]) -> Tensors:
-    x, weight, *_ = args
-    return run.fake_forward(tapes, x, weight, *_parse(weight, args[_TENSORS:-1]), args[-1])
+    x, weight, _, residual, *_ = args
+    window, options = _parse(weight, args[_TENSORS:-1])
+    return run.fake_forward(tapes, x, weight, residual, window, options, args[-1])
 
 
 def _run_backward(

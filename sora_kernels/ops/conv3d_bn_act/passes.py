@@ -82,8 +82,8 @@ def plan_for(y: Tensor, kernel: str) -> Plan:
     return plan(kernel, arch_of(y.device), n, c, t * h * w, channels_last, y.dtype)
 
 
-def _partials(plan: Plan, y: Tensor) -> Tensor:
-    return torch.empty(plan.tiles, 2, plan.c, dtype=accumulator(y), device=y.device)
+def _partials(plan: Plan, y: Tensor, kinds: int = 2) -> Tensor:
+    return torch.empty(plan.tiles, kinds, plan.c, dtype=accumulator(y), device=y.device)
 
 
 def accumulator(y: Tensor) -> torch.dtype:
@@ -134,13 +134,13 @@ def launch_stats(
 
     Args:
         bias: the convolution's where y leaves it out: it moves the running mean and nothing else.
-        partials: mean and M2 of tiles of channels-last rows ``[tiles, 2, K]`` and the rows of a tile, where a
-            convolution's kernel has taken them: y itself is not read then.
+        partials: of tiles of channels-last rows ``[tiles, 3, K]`` the mean's rounding, the mean and M2, and the rows of
+            a tile, where a convolution's kernel has taken them: y itself is not read then.
     """
     _check(y, bias=bias, running_mean=running_mean, running_var=running_var)
     p = plan_for(y, "_bn_stats_kernel")
     if partials is None:
-        part, rows, tiles = _partials(p, y), p.rows, p.tiles
+        part, rows, tiles = _partials(p, y, 3), p.rows, p.tiles
         _, length, tiles_per_segment, *_ = p.where
         _bn_stats_kernel[p.grid](y, part, *p.where, **p.tile)
     else:

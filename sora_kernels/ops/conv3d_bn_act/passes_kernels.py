@@ -37,7 +37,7 @@ def _tile(length, tiles_per_segment, stride_segment, stride_row, stride_channel,
 @triton.jit
 def _bn_stats_kernel(
     y_ptr,  # [N, K, T, H, W], either layout
-    part_ptr,  # [tiles, 2, K]: mean and M2 of a tile's rows
+    part_ptr,  # [tiles, 3, K]: of a tile's rows the mean's rounding, the mean, M2
     C, length, tiles_per_segment, stride_segment, stride_row, stride_channel,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -76,14 +76,19 @@ def _bn_stats_kernel(
     tile_mean = tl.sum(mean * count, axis=0) / left.to(ACC)
     delta = mean - tile_mean[None, :]
     tile_m2 = tl.sum(m2 + delta * delta * count, axis=0)
-    out = part_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channels
-    tl.store(out, tile_mean + tl.sum(origin, axis=0), mask=mask_c)
-    tl.store(out + C, tile_m2, mask=mask_c)
+    origin = tl.sum(origin, axis=0)
+    rounded = tile_mean + origin
+    moved = rounded - origin
+    low = (origin - (rounded - moved)) + (tile_mean - moved)
+    out = part_ptr + tl.program_id(0).to(tl.int64) * 3 * C + channels
+    tl.store(out, low, mask=mask_c)
+    tl.store(out + C, rounded, mask=mask_c)
+    tl.store(out + 2 * C, tile_m2, mask=mask_c)
 
 
 @triton.jit
 def _bn_finalize_kernel(
-    part_ptr,  # [tiles, 2, K]
+    part_ptr,  # [tiles, 3, K]: the mean's rounding, the mean, M2
     mean_ptr, invstd_ptr,  # [K], written
     running_mean_ptr, running_var_ptr,  # [K], updated in place
     bias_ptr,  # [K]: the convolution's, which y leaves out
@@ -97,24 +102,27 @@ def _bn_finalize_kernel(
     offs_t = tl.arange(0, BLOCK_T)
     count_all = tl.zeros((1,), dtype=ACC) + total
     # Means are merged relative to the first tile's: a large common mean costs no digits.
-    origin = tl.load(part_ptr + channels, mask=mask_c, other=0.0)
+    origin = tl.load(part_ptr + C + channels, mask=mask_c, other=0.0)
     moved = tl.zeros((BLOCK_C,), dtype=ACC)
     for first in range(0, tiles, BLOCK_T):
         tile = first + offs_t
         mask = (tile < tiles)[:, None] & mask_c[None, :]
-        at = part_ptr + tile.to(tl.int64)[:, None] * 2 * C + channels[None, :]
+        at = part_ptr + tile.to(tl.int64)[:, None] * 3 * C + channels[None, :]
         rows = tl.minimum(length - (tile % tiles_per_segment).to(tl.int64) * ROWS, ROWS).to(ACC)
-        tile_mean = tl.load(at, mask=mask, other=0.0)
-        moved += tl.sum(tl.where(mask, (tile_mean - origin[None, :]) * rows[:, None], 0.0), axis=0)
+        off = tl.load(at + C, mask=mask, other=0.0) - origin[None, :]
+        off += tl.load(at, mask=mask, other=0.0)
+        moved += tl.sum(tl.where(mask, off * rows[:, None], 0.0), axis=0)
     mean = origin + moved / count_all
     m2 = tl.zeros((BLOCK_C,), dtype=ACC)
     for first in range(0, tiles, BLOCK_T):
         tile = first + offs_t
         mask = (tile < tiles)[:, None] & mask_c[None, :]
-        at = part_ptr + tile.to(tl.int64)[:, None] * 2 * C + channels[None, :]
+        at = part_ptr + tile.to(tl.int64)[:, None] * 3 * C + channels[None, :]
         rows = tl.minimum(length - (tile % tiles_per_segment).to(tl.int64) * ROWS, ROWS).to(ACC)
-        delta = tl.load(at, mask=mask, other=0.0) - mean[None, :]
-        tile_m2 = tl.load(at + C, mask=mask, other=0.0)
+        # A tile's mean rounded would enter the variance to first order.
+        delta = tl.load(at + C, mask=mask, other=0.0) - mean[None, :]
+        delta += tl.load(at, mask=mask, other=0.0)
+        tile_m2 = tl.load(at + 2 * C, mask=mask, other=0.0)
         m2 += tl.sum(tl.where(mask, tile_m2 + delta * delta * rows[:, None], 0.0), axis=0)
     variance = m2 / count_all
     tl.store(mean_ptr + channels, mean, mask=mask_c)

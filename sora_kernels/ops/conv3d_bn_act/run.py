@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, folded, onednn, reference, sync
+from . import backends, convolution, folded, onednn, reference, sync
 from .backends import memory_format
-from .convolution import convolve, convolve_backward, layout
+from .convolution import convolve, layout
 from .options import BATCH, NONE, RUNNING, Options
 from .window import Window
 
@@ -24,23 +24,19 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _select(
-    backend: str, x: Tensor, weight: Tensor, shape: Any, window: Window, options: Options, residual: Any
+    backend: str, x: Tensor, wanted: torch.memory_format, shape: Any, window: Window, options: Options,
+    residual: Any,
 ) -> Any:  # fmt: skip
-    channels_last = memory_format(x, weight) is torch.channels_last_3d
+    channels_last = wanted is torch.channels_last_3d
     return backends.select(
         backend, x.device, x.dtype, x.shape[1], tuple(shape), window, options, residual is not None,
         channels_last,
     )  # fmt: skip
 
 
-def _by_onednn(tapes: bool, x: Tensor, window: Window, options: Options, backend: str) -> bool:
-    """Whether a call is one convolution by oneDNN: evaluation on the CPU, where nothing else is asked for."""
-    return (
-        not tapes
-        and options.norm != BATCH
-        and onednn.takes(x)
-        and backends.requested(backend, window, options) in ("", "torch")
-    )
+def _by_onednn(tapes: bool, x: Tensor, options: Options, chosen: str) -> bool:
+    """Whether a call is one convolution by oneDNN: evaluation on the CPU by backend "torch"."""
+    return not tapes and options.norm != BATCH and chosen == "torch" and onednn.takes(x)
 
 
 def forward(
@@ -53,14 +49,15 @@ def forward(
     channels-last input contiguously, z stays so where ATen computes it, as in the modules that this replaces.
     """
     wanted = memory_format(x, weight)
-    by_onednn = _by_onednn(tapes, x, window, options, backend)
+    output = (x.shape[0], window.filters(weight.shape), *window.output(x.shape[2:]))
+    chosen = _select(backend, x, wanted, output, window, options, residual)
+    by_onednn = _by_onednn(tapes, x, options, chosen.name)
     if by_onednn and x.shape[0]:  # first, for most of a small call is its way through here
         z = onednn.forward(
             x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, window, options, wanted
         )  # fmt: skip
         return z, None, None, None
     promised = by_onednn or not x.is_cpu
-    output = (x.shape[0], window.filters(weight.shape), *window.output(x.shape[2:]))
     if options.norm == BATCH and not options.group and output[0] * _volume(output) == 1:
         raise ValueError(
             "conv3d_bn_act: expected more than 1 value per channel for batch statistics, "
@@ -69,8 +66,7 @@ def forward(
     if output[0] * output[1] == 0:
         z, *rest = _empty(x, weight, bias, bn_weight, running_mean, running_var, window, options)
         return z.contiguous(memory_format=wanted) if promised else z, *rest
-    impl = _select(backend, x, weight, output, window, options, residual).impl
-    mean = invstd = None
+    impl, mean, invstd = chosen.impl, None, None
     if options.keeps_y and (tapes or options.norm == BATCH):
         if options.norm == NONE:
             bias, bn_bias = None, bias
@@ -130,7 +126,8 @@ def backward(
     if dz.numel() == 0:
         found = _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options)
     else:
-        impl = _select(backend, x, weight, dz.shape, window, options, residual).impl
+        wanted = memory_format(x, weight)
+        impl = _select(backend, x, wanted, dz.shape, window, options, residual).impl
         if mean.numel() == 0:
             mean = invstd = None
         way = _backward_with_y if options.keeps_y else _backward_without_y
@@ -209,14 +206,16 @@ def _laid_out(g: Tensor, x: Tensor, weight: Tensor, promised: bool) -> Tensor:
     return g.contiguous(memory_format=memory_format(x, weight))
 
 
-def fake_forward(tapes, x, weight, window, options, backend):
+def fake_forward(tapes, x, weight, residual, window, options, backend):
     """As :func:`forward`: y as ATen lays it out, z of the same sizes."""
     y = convolve(x, weight, window)
     if backends.requested(backend, window, options) == "triton":
         y = y.contiguous(memory_format=torch.channels_last_3d)
-    z = torch.empty_like(y)
-    if not x.is_cpu or _by_onednn(tapes, x, window, options, backend):
-        z = z.contiguous(memory_format=memory_format(x, weight))
+    z, wanted, promised = torch.empty_like(y), memory_format(x, weight), not x.is_cpu
+    if x.is_cpu:
+        chosen = _select(backend, x, wanted, y.shape, window, options, residual).name
+        promised = _by_onednn(tapes, x, options, chosen)
+    z = z.contiguous(memory_format=wanted) if promised else z
     none = x.new_empty(0)
     vector = none if options.norm == NONE else x.new_empty(y.shape[1], dtype=_statistics_dtype(x))
     return z, y if options.keeps_y else none, vector, torch.empty_like(vector)
@@ -227,7 +226,7 @@ def fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options
     dy = y if options.keeps_y else z
     if dy is None:
         dy = dz.contiguous(memory_format=layout(dz))
-    dx, dw, _ = convolve_backward(dy, x, weight, window, (needs[0], needs[1], False))
+    dx, dw, _ = convolution.gradients(dy, x, weight, window, (needs[0], needs[1], False))
     like = (dx, dw, bias, dy, bn_weight, bn_bias)
     promised = not x.is_cpu or backends.requested(backend, window, options) == "triton"
     return tuple(

@@ -24,7 +24,7 @@ def _conv3d_stem_fwd_kernel(
     z_ptr,  # [N, T', H', W', K]
     bias_ptr, mean_ptr, variance_ptr, bn_weight_ptr, bn_bias_ptr,  # [K]
     residual_ptr,  # like z, STRIDE_RESIDUAL elements a pixel
-    part_ptr,  # [tiles of rows, 2, K]: mean and M2; None for the affine epilogue
+    part_ptr,  # [tiles of rows, 3, K]: statistics; None for the affine epilogue
     T, H, W, TO, HO, WO, M,
     K: tl.constexpr, WINDOW: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
