@@ -30,13 +30,15 @@ _SAMPLE = 256  # elements of a weight that are compared
 _SMALL = (
     3 << 20
 )  # operations of a contiguous x, below which setting oneDNN up costs more than ATen's own loops
+_NARROW = 4  # channels
 _FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise convolution more than a plain GEMM
 
 
 class _Plan(NamedTuple):
     """How one kind of call runs."""
 
-    way: str  # oneDNN's op "pointwise", "binary" (with the residual inside) or "plain" (passes after); "gemm"; "aten"
+    # oneDNN's op: "pointwise", "binary" (the residual inside), "plain" (passes after); else "gemm", "aten", "bias after"
+    way: str
     weight: Tensor | None  # in oneDNN's own order, or [C, K]; None: as it was folded
     geometry: tuple[Any, ...]  # of oneDNN's ops
     window: Window
@@ -126,6 +128,9 @@ def forward(
         z = z.view(*pixels.shape[:-1], -1).permute(0, 4, 1, 2, 3)
     elif plan.way == "plain":
         z = torch.ops.mkldnn._convolution_pointwise(x, w, own.bias, *plan.geometry, "none", [], "")
+    elif plan.way == "bias after":
+        assert own.bias is not None
+        z = convolve(x, w, plan.window).add_(own.bias.view(-1, 1, 1, 1))
     else:
         z = convolve(x, w, plan.window, own.bias).contiguous(memory_format=memory_format)
     return finish(z, residual, options)
@@ -147,9 +152,12 @@ def _plan(
     pixels = shape[0] * math.prod(window.output(shape[2:]))
     pointwise = math.prod(window.kernel) == 1
     small = 2 * pixels * weight.numel() < _SMALL
-    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is grouped.
-    if window.transposed or (not channels_last and (pointwise or small or window.groups > 1)):
-        return plan._replace(way="aten")
+    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is grouped or narrow.
+    narrow = window.groups > 1 or shape[1] <= _NARROW
+    if window.transposed or (not channels_last and (pointwise or small or narrow)):
+        # Its GEMM takes a bias by writing that everywhere first.
+        after = pointwise and not channels_last and not window.transposed and own.bias is not None
+        return plan._replace(way="bias after" if after else "aten")
     if channels_last:
         w = weight.detach() if own.weight is None else own.weight
         still = max(window.stride) == 1 and not any(window.before)
