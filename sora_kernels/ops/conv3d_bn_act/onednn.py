@@ -37,7 +37,7 @@ _FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise con
 class _Plan(NamedTuple):
     """How one kind of call runs."""
 
-    # oneDNN's op: "pointwise", "binary" (the residual inside), "plain" (passes after); else "gemm", "aten", "bias after"
+    # Of oneDNN "pointwise", "binary" (the residual inside), "plain" (passes after); else "gemm", "aten", "bias after".
     way: str
     weight: Tensor | None  # in oneDNN's own order, or [C, K]; None: as it was folded
     geometry: tuple[Any, ...]  # of oneDNN's ops
