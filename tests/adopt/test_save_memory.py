@@ -218,6 +218,18 @@ def test_compiled_code_is_left_alone():
         assert_close(g, w, "composition_fp32")
 
 
+def test_tensors_without_an_address_pass():
+    block = sk.nn.ConvBNAct3d(8, 8, 1)
+    x = torch.randn(2, 8, 2, 4, 4)
+    with sk.save_memory():
+        z = block(x)
+        meta = torch.randn(3, device="meta", requires_grad=True).exp()
+        sparse = (torch.eye(3).to_sparse().requires_grad_() * 2).sum()
+        z.sum().backward()
+    sparse.backward()
+    assert meta.requires_grad and block.conv.weight.grad is not None
+
+
 def test_nothing_is_recorded_outside():
     z = sk.nn.ConvBNAct3d(8, 8, 1)(torch.randn(2, 8, 2, 4, 4))
     assert z.requires_grad and not recipes._RECIPES

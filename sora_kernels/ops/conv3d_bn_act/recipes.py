@@ -96,5 +96,7 @@ def remember(recipe: Recipe) -> None:
 
 def find(t: Tensor) -> Recipe | None:
     """The recipe of t, where t is an output that can be made again."""
-    recipe = _RECIPES.get(t.data_ptr()) if _RECIPES else None
+    if not _RECIPES or type(t) is not Tensor:  # another kind may have no address
+        return None
+    recipe = _RECIPES.get(t.data_ptr())
     return recipe if recipe is not None and recipe.stands_for(t) else None
