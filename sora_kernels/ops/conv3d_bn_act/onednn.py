@@ -37,7 +37,8 @@ _FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise con
 class _Plan(NamedTuple):
     """How one kind of call runs."""
 
-    # Of oneDNN "pointwise", "binary" (the residual inside), "plain" (passes after); else "gemm", "aten", "bias after".
+    # Of oneDNN "pointwise", "turned" (to channels-last and back), "binary" (the residual inside), "plain" (passes
+    # after); else "gemm", "aten", "bias after".
     way: str
     weight: Tensor | None  # in oneDNN's own order, or [C, K]; None: as it was folded
     geometry: tuple[Any, ...]  # of oneDNN's ops
@@ -110,10 +111,13 @@ def forward(
         x = pad(x, window)
     x = x.contiguous(memory_format=memory_format)
     w = plan.weight if plan.weight is not None else weight if own.weight is None else own.weight
-    if plan.way == "pointwise":
-        return torch.ops.mkldnn._convolution_pointwise(
+    if plan.way in ("pointwise", "turned"):
+        if plan.way == "turned":
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        z = torch.ops.mkldnn._convolution_pointwise(
             x, w, own.bias, *plan.geometry, plan.activation, plan.slope, ""
         )
+        return z.contiguous(memory_format=memory_format)
     if plan.way == "binary":
         assert residual is not None
         return torch.ops.mkldnn._convolution_pointwise.binary(
@@ -152,19 +156,22 @@ def _plan(
     pixels = shape[0] * math.prod(window.output(shape[2:]))
     pointwise = math.prod(window.kernel) == 1
     small = 2 * pixels * weight.numel() < _SMALL
-    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is grouped or narrow.
-    narrow = window.groups > 1 or shape[1] <= _NARROW
-    if window.transposed or (not channels_last and (pointwise or small or narrow)):
+    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is narrow.
+    turned = not channels_last and window.groups > 1 and not window.transposed and not has_residual
+    by_aten = pointwise or small or shape[1] <= _NARROW or window.groups > 1
+    if window.transposed or (not channels_last and by_aten and not turned):
         # Its GEMM takes a bias by writing that everywhere first.
         after = pointwise and not channels_last and not window.transposed and own.bias is not None
         return plan._replace(way="bias after" if after else "aten")
-    if channels_last:
+    if channels_last or turned:
         w = weight.detach() if own.weight is None else own.weight
         still = max(window.stride) == 1 and not any(window.before)
-        if pointwise and still and window.groups == 1 and pixels < _FEW:
+        if channels_last and pointwise and still and window.groups == 1 and pixels < _FEW:
             return plan._replace(way="gemm", weight=w.reshape(w.shape[:2]).t().contiguous())
         ordered = torch.ops.mkldnn._reorder_convolution_weight(w, *geometry, shape)
         plan = plan._replace(weight=ordered)
+    if turned:
+        return plan._replace(way="turned")
     if not has_residual:
         return plan
     # Elsewhere the op with a residual is ATen's convolution and a sum that does not know bf16.
