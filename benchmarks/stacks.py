@@ -1,4 +1,4 @@
-"""Whole video networks in two builds from one description: stock modules, or ``sk.nn.ConvBNAct3d``.
+"""Whole video networks in two builds from one description: stock modules, or ``sk.nn.ConvBNAct3d``, ``ConvAct3d``.
 
 The architectures are those published: R3D-18 and R(2+1)D-18 (Tran et al., 2018), X3D-M (Feichtenhofer, 2020; its
 dropout left out, that rows repeat). Both builds have the same state dict.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sora_kernels as sk
 
 Size = tuple[int, int, int]
-# (in, out, kernel, stride=(1, 1, 1), *, groups=1, activation="relu") -> module of (x, residual=None)
+# (in, out, kernel, stride=(1, 1, 1), *, groups=1, activation="relu", norm=True) -> module of (x, residual=None)
 Unit = Callable[..., nn.Module]
 
 
@@ -42,12 +42,28 @@ class Stock(nn.Module):
         return self.activation(out)
 
 
+class StockConv(nn.Module):
+    """A convolution alone, with the child of ``ConvAct3d``."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size, padding: Size,
+        *, groups: int, bias: bool, activation: None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv = nn.Conv3d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
 def _unit(
-    kind: Callable[..., nn.Module], in_channels: int, out_channels: int, kernel: Size,
-    stride: Size = (1, 1, 1), *, groups: int = 1, activation: str | None = "relu",
+    kinds: tuple[Callable[..., nn.Module], Callable[..., nn.Module]], in_channels: int, out_channels: int,
+    kernel: Size, stride: Size = (1, 1, 1), *, groups: int = 1, activation: str | None = "relu", norm: bool = True,
 ) -> nn.Module:  # fmt: skip
     padding = tuple(k // 2 for k in kernel)
-    return kind(
+    return kinds[0 if norm else 1](
         in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False,
         activation=activation,
     )  # fmt: skip
@@ -136,7 +152,7 @@ def x3d_m(unit: Unit, width: float = 1.0, classes: int = 400) -> nn.Sequential:
     channels = round(24 * width)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["stem"] = nn.Sequential(
-        nn.Conv3d(3, channels, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+        unit(3, channels, (1, 3, 3), (1, 2, 2), activation=None, norm=False),
         unit(channels, channels, (5, 1, 1), groups=channels),
     )
     for stage, (depth, out) in enumerate(zip((3, 5, 11, 7), (24, 48, 96, 192), strict=True)):
@@ -146,7 +162,7 @@ def x3d_m(unit: Unit, width: float = 1.0, classes: int = 400) -> nn.Sequential:
             body = _x3d_body(unit, channels, out, number)
             shortcut: nn.Module | None = None
             if number == 0 and channels == out:  # no BatchNorm here, as published
-                shortcut = nn.Conv3d(channels, out, 1, (1, 2, 2), bias=False)
+                shortcut = unit(channels, out, (1, 1, 1), (1, 2, 2), activation=None, norm=False)
             elif number == 0:
                 shortcut = unit(channels, out, (1, 1, 1), (1, 2, 2), activation=None)
             blocks.append(Block(body, shortcut))
@@ -196,10 +212,11 @@ def build(
     """A network of :data:`STACKS`.
 
     Args:
-        kind: ``"torch"``: :class:`Stock` units; ``"sora"``: ``ConvBNAct3d``, with ``backend``.
+        kind: ``"torch"``: :class:`Stock` units; ``"sora"``: the library's, with ``backend``.
         width: factor of all widths but the clip's.
     """
-    kinds = {"torch": Stock, "sora": functools.partial(sk.nn.ConvBNAct3d, backend=backend)}
+    own = (functools.partial(m, backend=backend) for m in (sk.nn.ConvBNAct3d, sk.nn.ConvAct3d))
+    kinds = {"torch": (Stock, StockConv), "sora": tuple(own)}
     return STACKS[name](functools.partial(_unit, kinds[kind]), width, classes)
 
 

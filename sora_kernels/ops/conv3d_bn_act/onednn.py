@@ -26,11 +26,10 @@ from .window import Window
 # Of this library's activations: oneDNN's name for it.
 _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_relu"}
 _PLANS = 4  # kinds of call whose ordered weights are kept
-_SAMPLE = 256  # elements of a weight that are compared
+_SAMPLE = 16  # elements of a weight that are compared: each is a miss in the caches
 _SMALL = (
     3 << 20
 )  # operations of a contiguous x, below which setting oneDNN up costs more than ATen's own loops
-_NARROW = 4  # channels
 _FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise convolution more than a plain GEMM
 
 
@@ -156,9 +155,9 @@ def _plan(
     pixels = shape[0] * math.prod(window.output(shape[2:]))
     pointwise = math.prod(window.kernel) == 1
     small = 2 * pixels * weight.numel() < _SMALL
-    # For contiguous x ATen's pointwise convolution is a plain GEMM, and oneDNN reorders what is narrow.
+    # For contiguous x ATen's pointwise convolution is a plain GEMM.
     turned = not channels_last and window.groups > 1 and not window.transposed and not has_residual
-    by_aten = pointwise or small or shape[1] <= _NARROW or window.groups > 1
+    by_aten = pointwise or small or window.groups > 1
     if window.transposed or (not channels_last and by_aten and not turned):
         # Its GEMM takes a bias by writing that everywhere first.
         after = pointwise and not channels_last and not window.transposed and own.bias is not None
