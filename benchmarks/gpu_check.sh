@@ -211,7 +211,7 @@ if wanted 0; then
   [ "$limit" -gt 300 ] && limit=300
   if [ $dry = 1 ]; then stage 0 "$limit" stage0; else stage 0 "$limit" stage0 & background=$!; fi
 fi
-foreground 1 130 stage1
+foreground 1 190 stage1
 foreground 3 80 stage3
 foreground 2 80 stage2
 if [ -n "$background" ]; then

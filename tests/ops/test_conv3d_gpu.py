@@ -33,11 +33,11 @@ LAYERS: dict[str, tuple[int, int, tuple[int, int, int], tuple[int, int, int], di
 NAMES = ("x", "weight", "bn_weight", "bn_bias", "residual")
 
 
-@pytest.fixture(params=[False, True], ids=["gradients by the table", "own gradients"])
-def gradients(request, monkeypatch):
-    if request.param:
-        own = dict.fromkeys(("forward", "dgrad", "wgrad"), "triton")
-        monkeypatch.setattr(choice, "table", lambda *args: own)
+@pytest.fixture
+def own_gradients(monkeypatch):
+    """dgrad and wgrad by our kernels wherever they can be."""
+    own = dict.fromkeys(("forward", "dgrad", "wgrad"), "triton")
+    monkeypatch.setattr(choice, "table", lambda *args: own)
 
 
 def make(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], Tensor]:
@@ -111,11 +111,25 @@ def check(name, backend, dtype, training):
     return grads, again[1]
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", LAYERS)
-def test_our_convolutions(gradients, name, dtype, training):
+# Every layer in bf16; the other dtypes where other kernels run. Each case compiles its kernels: few are enough.
+CASES = [
+    *((name, torch.bfloat16, training) for name in LAYERS for training in (True, False)),
+    *(
+        (name, dtype, True)
+        for name in ("dense 128", "depthwise 54", "stem")
+        for dtype in (torch.float16, torch.float32)
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "training"), CASES)
+def test_our_convolutions(own_gradients, name, dtype, training):
     check(name, "triton", dtype, training)
+
+
+@pytest.mark.parametrize("name", ["dense strided", "depthwise strided"])
+def test_gradients_by_the_table(name):
+    check(name, "triton", torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -125,9 +139,7 @@ def test_passes_around_cudnn(name, training):
 
 
 @pytest.mark.parametrize("name", ["dense 64", "depthwise 54"])
-def test_own_gradients_repeat_bit_for_bit(monkeypatch, name):
-    own = dict.fromkeys(("forward", "dgrad", "wgrad"), "triton")
-    monkeypatch.setattr(choice, "table", lambda *args: own)
+def test_own_gradients_repeat_bit_for_bit(own_gradients, name):
     first, again = check(name, "triton", torch.bfloat16, True)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
