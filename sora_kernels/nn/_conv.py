@@ -31,6 +31,14 @@ class ActivatedConv(nn.Module):
         self.negative_slope = negative_slope
         self.backend = backend
 
+    @classmethod
+    def _over(cls, conv: nn.Module, act: nn.Module | None, backend: str | None) -> Any:
+        """A module around a convolution that exists, without the constructor's own."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._set(conv, *activation_of(act), backend)
+        return module
+
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
         chosen = f", backend={self.backend!r}" if self.backend else ""

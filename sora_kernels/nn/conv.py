@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..ops.conv3d_bn_act import conv3d_act, conv3d_bn_act
 from ._conv import (
     ActivatedConv,
-    activation_of,
     are_pairs,
     batch_norm,
     check_modules,
@@ -94,9 +93,7 @@ class ConvBNAct3d(ActivatedConv):
             act: ``nn.ReLU``, ``nn.SiLU``, ``nn.LeakyReLU``, ``nn.Identity`` or None.
         """
         check_modules(conv, nn.Conv3d, bn)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._set(conv, *activation_of(act), backend)
+        module = cls._over(conv, act, backend)
         module.bn, module.padding = bn, padding_of(conv)
         return module.train(bn.training)
 
@@ -162,9 +159,7 @@ class ConvAct3d(ActivatedConv):
     ) -> ConvAct3d:
         """The same computation over the same Parameter objects, as :meth:`ConvBNAct3d.from_modules`."""
         check_modules(conv, nn.Conv3d, None)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._set(conv, *activation_of(act), backend)
+        module = cls._over(conv, act, backend)
         module.padding = padding_of(conv)
         return module.train(conv.training)
 

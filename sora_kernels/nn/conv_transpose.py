@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.conv3d_bn_act import conv_transpose3d_bn_act
-from ._conv import ActivatedConv, activation_of, batch_norm, check_modules
+from ._conv import ActivatedConv, batch_norm, check_modules
 
 Ints = int | tuple[int, int, int]
 
@@ -76,9 +76,7 @@ class ConvTransposeBNAct3d(ActivatedConv):
     ) -> ConvTransposeBNAct3d:
         """The same computation over the same Parameter and buffer objects, as :meth:`ConvBNAct3d.from_modules`."""
         check_modules(conv, nn.ConvTranspose3d, bn)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._set(conv, *activation_of(act), backend)
+        module = cls._over(conv, act, backend)
         module.bn = bn
         return module.train(bn.training)
 

@@ -26,11 +26,10 @@ from .window import Window
 # Of this library's activations: oneDNN's name for it.
 _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_relu"}
 _PLANS = 4  # kinds of call whose ordered weights are kept
-_SAMPLE = 16  # elements of a weight that are compared: each is a miss in the caches
-_SMALL = (
-    3 << 20
-)  # operations of a contiguous x, below which setting oneDNN up costs more than ATen's own loops
-_FEW = 1024  # pixels of a channels-last x, below which it costs a pointwise convolution more than a plain GEMM
+_SAMPLE = 256  # elements of a weight that are compared
+# Below these, setting oneDNN up costs more than ATen's own loops or a plain GEMM do.
+_SMALL = 3 << 20  # operations, of a contiguous x
+_FEW = 1024  # pixels, of a channels-last x and a pointwise window
 
 
 class _Plan(NamedTuple):
@@ -48,9 +47,7 @@ class _Plan(NamedTuple):
 
 class _Folded(NamedTuple):
     form: tuple[Any, ...]  # the weight's version, address and whatever else is no tensor
-    sampled: (
-        Tensor | None
-    )  # elements of the weight itself, from all over it, where they are one view
+    sampled: Tensor | None  # elements of the weight itself, where they are one view of it
     sample: Tensor  # what they were
     vectors: tuple[Tensor | None, ...]  # as they were
     weight: Tensor | None  # None: as it is

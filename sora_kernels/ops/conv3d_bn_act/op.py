@@ -170,6 +170,16 @@ _call = differentiable(Pair(_forward, _save, _backward, _reference, _recompute, 
 differentiate("conv3d_bn_act", lambda *args: _call(args[:_TENSORS], args[_TENSORS:-1], args[-1])[0])
 
 
+def _normalised(
+    training: bool, running_mean: Tensor | None, activation: str | None, negative_slope: float, momentum: float,
+    eps: float, process_group: torch.distributed.ProcessGroup | None,
+) -> Options:  # fmt: skip
+    """Batch statistics in training and where there are no running ones; only those are shared."""
+    norm = BATCH if training or running_mean is None else RUNNING
+    group = "" if process_group is None or norm == RUNNING else sync.name_of(process_group)
+    return Options(norm, activation or "", negative_slope, momentum, eps, group)
+
+
 def _enter(
     tensors: tuple[Tensor | None, ...], stride: Any, padding: Any, padding_mode: str, dilation: Any,
     groups: int, transposed: bool, output_padding: Any, options: Options, backend: str,
@@ -264,9 +274,9 @@ def conv3d_bn_act(
     Statistics, sums and the normalisation are computed in fp32 (fp64 for fp64). Under autocast x, weight, bias and
     residual are cast to its dtype. Gradients of any order exist; inside ``torch.func`` the reference runs.
     """
-    norm = BATCH if training or running_mean is None else RUNNING
-    group = "" if process_group is None or norm == RUNNING else sync.name_of(process_group)
-    options = Options(norm, activation or "", negative_slope, momentum, eps, group)
+    options = _normalised(
+        training, running_mean, activation, negative_slope, momentum, eps, process_group
+    )
     return _enter(
         (x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var), stride, padding,
         padding_mode, dilation, groups, False, 0, options, CONV_BN_ACT.check_name(backend),
@@ -340,9 +350,9 @@ def conv_transpose3d_bn_act(
 
     The other arguments, the result and the errors are those of :func:`conv3d_bn_act`.
     """
-    norm = BATCH if training or running_mean is None else RUNNING
-    group = "" if process_group is None or norm == RUNNING else sync.name_of(process_group)
-    options = Options(norm, activation or "", negative_slope, momentum, eps, group)
+    options = _normalised(
+        training, running_mean, activation, negative_slope, momentum, eps, process_group
+    )
     return _enter(
         (x, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var), stride, padding, "zeros",
         dilation, groups, True, output_padding, options, CONV_TRANSPOSE_BN_ACT.check_name(backend),

@@ -42,16 +42,8 @@ def _bn_stats_kernel(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length,
-        tiles_per_segment,
-        stride_segment,
-        stride_row,
-        stride_channel,
-        C,
-        ROWS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )  # fmt: skip
     # Welford down each lane's own rows, so that lanes meet only once, at the end; relative to the tile's first
     # row, so that a large common mean costs no digits.
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
@@ -153,16 +145,8 @@ def _bn_act_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length,
-        tiles_per_segment,
-        stride_segment,
-        stride_row,
-        stride_channel,
-        C,
-        ROWS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )  # fmt: skip
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, EPS,
         INVSTD_IS_VAR, HAS_WEIGHT, HAS_BIAS, ACC,
@@ -206,16 +190,8 @@ def _bn_act_bwd_reduce_kernel(
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length,
-        tiles_per_segment,
-        stride_segment,
-        stride_row,
-        stride_channel,
-        C,
-        ROWS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )  # fmt: skip
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,
         False, HAS_WEIGHT, HAS_BIAS, ACC,
@@ -246,16 +222,8 @@ def _act_bwd_kernel(
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length,
-        tiles_per_segment,
-        stride_segment,
-        stride_row,
-        stride_channel,
-        C,
-        ROWS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )  # fmt: skip
     sum_da = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     for first in range(0, left, BLOCK_M):
         mask = (first + offs_m < left)[:, None] & mask_c[None, :]
@@ -312,16 +280,8 @@ def _bn_act_bwd_apply_kernel(
     NEEDS_DY: tl.constexpr, NEEDS_DRESIDUAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     base, left, offs_m, offs, channels, mask_c = _tile(
-        length,
-        tiles_per_segment,
-        stride_segment,
-        stride_row,
-        stride_channel,
-        C,
-        ROWS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+        length, tiles_per_segment, stride_segment, stride_row, stride_channel, C, ROWS, BLOCK_M, BLOCK_C
+    )  # fmt: skip
     mean, invstd, weight, bias = _affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, mask_c, 0.0,
         False, HAS_WEIGHT, HAS_BIAS, ACC,

@@ -134,7 +134,7 @@ def backward(
         found = way(
             impl, dz, x, weight, y, mean, invstd, z, residual, bias, bn_weight, bn_bias, window, options, needs
         )  # fmt: skip
-    promised = not x.is_cpu or backends.requested(backend, window, options) == "triton"
+    promised = _promises_gradients(x, window, options, backend)
     return tuple(
         x.new_empty(0) if g is None or not n else _laid_out(g, x, weight, promised)
         for g, n in zip(found, needs, strict=True)
@@ -199,6 +199,11 @@ def _empty_backward(dz, x, weight, mean, bias, bn_weight, bn_bias, options):
     return tuple(None if t is None else torch.zeros_like(t) for t in like)
 
 
+def _promises_gradients(x: Tensor, window: Window, options: Options, backend: str) -> bool:
+    """Whether gradients are in the result's layout: not where they are ATen's on the CPU."""
+    return not x.is_cpu or backends.requested(backend, window, options) == "triton"
+
+
 def _laid_out(g: Tensor, x: Tensor, weight: Tensor, promised: bool) -> Tensor:
     """A gradient in the result's layout, or as ATen gave it on the CPU."""
     if not promised or g.dim() != 5:
@@ -228,7 +233,7 @@ def fake_backward(dz, x, weight, y, z, bias, bn_weight, bn_bias, window, options
         dy = dz.contiguous(memory_format=layout(dz))
     dx, dw, _ = convolution.gradients(dy, x, weight, window, (needs[0], needs[1], False))
     like = (dx, dw, bias, dy, bn_weight, bn_bias)
-    promised = not x.is_cpu or backends.requested(backend, window, options) == "triton"
+    promised = _promises_gradients(x, window, options, backend)
     return tuple(
         _laid_out(torch.empty_like(t), x, weight, promised)
         if n and t is not None
