@@ -18,6 +18,7 @@ from .ops import (
     lstm,
     pyramid_pool3d,
     rnn,
+    window_attention3d,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "pyramid_pool3d",
     "rnn",
     "save_memory",
+    "window_attention3d",
 ]

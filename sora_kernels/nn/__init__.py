@@ -7,6 +7,7 @@ from .gru import GRU
 from .lstm import LSTM
 from .pyramid_pool import PyramidPool3d
 from .rnn import RNN
+from .window_attention import ShiftedWindowAttention3d, SwinBlock3d, WindowAttention3d
 
 __all__ = [
     "GRU",
@@ -17,4 +18,7 @@ __all__ = [
     "ConvBNAct3d",
     "ConvTransposeBNAct3d",
     "PyramidPool3d",
+    "ShiftedWindowAttention3d",
+    "SwinBlock3d",
+    "WindowAttention3d",
 ]

@@ -3,6 +3,7 @@
 from .conv3d_bn_act import conv3d_act, conv3d_bn_act, conv_transpose3d_bn_act
 from .lstm import gru, lstm, rnn
 from .pyramid_pool import pyramid_pool3d
+from .window_attention import window_attention3d
 
 __all__ = [
     "conv3d_act",
@@ -12,4 +13,5 @@ __all__ = [
     "lstm",
     "pyramid_pool3d",
     "rnn",
+    "window_attention3d",
 ]

@@ -1,7 +1,4 @@
-"""The layers that ``sora_kernels`` offers, under the names of :mod:`sora_models.layers.torch`.
-
-A name that is not here yet makes every model that needs it raise one clear error when it is built.
-"""
+"""The layers that ``sora_kernels`` offers, under the names of :mod:`sora_models.layers.torch`."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from sora_kernels.nn import (
     ConvBNAct3d,
     ConvTransposeBNAct3d,
     PyramidPool3d,
+    ShiftedWindowAttention3d,
 )
 
 __all__ = [
@@ -23,4 +21,5 @@ __all__ = [
     "ConvBNAct3d",
     "ConvTransposeBNAct3d",
     "PyramidPool3d",
+    "ShiftedWindowAttention3d",
 ]

@@ -42,11 +42,11 @@ class Axis(NamedTuple):
 
 def _axis(size: int, window: int, shift: int, border: str) -> Axis:
     count = -(-size // window)
-    place = np.arange(count * window)
+    number = np.arange(count * window)
     if border == "grid":
-        place = place.reshape(window, count).T
+        place = number.reshape(window, count).T
         return Axis(place, np.zeros_like(place, dtype=bool))
-    place = place.reshape(count, window)
+    place = number.reshape(count, window)
     return Axis((place + shift) % (count * window), place >= count * window - shift)
 
 
@@ -87,20 +87,20 @@ class WindowPlan:
             _axis(n, w, s, border)
             for n, w, s in zip(self.size, self.window, self.shift, strict=True)
         ]
-        self.grid: Size3 = tuple(axis.place.shape[0] for axis in self._axes)  # type: ignore[assignment]
+        self.grid: Size3 = tuple(axis.place.shape[0] for axis in self._axes)
         self.windows, self.tokens = math.prod(self.grid), math.prod(self.window)
         t, h, w = (self._spread(axis.place, k) for k, axis in enumerate(self._axes))
         (_, H, W) = self.size
-        real = (t < self.size[0]) & (h < H) & (w < W)
-        real, t, h, w = np.broadcast_arrays(real, t, h, w)
-        pad = np.cumsum(~real).reshape(real.shape)
-        self.pads = int((~real).sum())
+        is_pad = (t >= self.size[0]) | (h >= H) | (w >= W)
+        is_pad, t, h, w = np.broadcast_arrays(is_pad, t, h, w)
+        pad = np.cumsum(is_pad).reshape(is_pad.shape)
+        self.pads = int(is_pad.sum())
         shape = (self.windows, self.tokens)
-        self.token: Ints = np.where(real, (t * H + h) * W + w, -pad).reshape(shape)
+        self.token: Ints = np.where(is_pad, -pad, (t * H + h) * W + w).reshape(shape)
         self.frame: Ints = t.reshape(shape)
         codes = [self._spread(axis.wrapped, k) for k, axis in enumerate(self._axes)]
         region = 4 * codes[0] + 2 * codes[1] + codes[2]
-        self.region: Ints = np.broadcast_to(region, real.shape).reshape(shape)
+        self.region: Ints = np.broadcast_to(region, is_pad.shape).reshape(shape)
 
     @staticmethod
     def _spread(values: np.ndarray, axis: int) -> np.ndarray:

@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
     def plan(self, size: Sequence[int]) -> WindowPlan:
         """Of a map ``(T, H, W)``."""
-        return plan(tuple(size), self.window, self.shift, self.border)  # type: ignore[arg-type]
+        return plan(tuple(size), self.window, self.shift, self.border)
 
     def codes(self, window: Size3) -> Codes:
         """Of the window that a plan uses."""

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
         pads, real: int64: where among these the pads are, and the others; None without pads.
         mask: fp32 ``[boxes or 1, 1, n, n]``, 0 or ``MASKED``, to be added to the scores; None without.
         code, middle: int64 ``[n]``: a pair's row in the bias table is ``code[i] - code[j] + middle``.
-        index: int64 ``[n * n]``: those rows; None where there are too many to keep.
+        kept_rows: int64 ``[n * n]``: those rows; None where there are too many to keep.
     """
 
     boxes: int
@@ -41,11 +41,11 @@ class Piece(NamedTuple):
     mask: Tensor | None
     code: Tensor
     middle: int
-    index: Tensor | None
+    kept_rows: Tensor | None
 
     def rows(self) -> Tensor:
         """Of the bias table, for each pair of slots: int64 ``[n * n]``."""
-        return self.index if self.index is not None else _rows(self.code, self.middle)
+        return self.kept_rows if self.kept_rows is not None else _rows(self.code, self.middle)
 
     @property
     def real_tokens(self) -> Tensor:

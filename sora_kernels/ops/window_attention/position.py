@@ -29,7 +29,7 @@ class Codes(NamedTuple):
     middle: int
     rows: int
 
-    def index(self) -> Ints:
+    def pairs(self) -> Ints:
         """The table's row for every pair (query slot, key slot), int64 ``[tokens, tokens]``."""
         return self.code[:, None] - self.code[None, :] + self.middle
 

@@ -28,6 +28,13 @@ def window_attention3d(
     Args:
         seed: int64, one value, of the dropout; None without.
     """
+    return attention_and_sums(qkv, bias_table, pad_kv, seed, options)[0]
+
+
+def attention_and_sums(
+    qkv: Tensor, bias_table: Tensor | None, pad_kv: Tensor | None, seed: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """And the log-sum-exp of every token's scores, ``[B, heads, T * H * W]``."""
     B, *size, width = qkv.shape
     heads, channels, device = options.num_heads, width // 3, qkv.device
     window, shift = fit(size, options.window, options.shift)
@@ -41,7 +48,7 @@ def window_attention3d(
     q, k, v = tokens.unflatten(-1, (3, heads, channels // heads)).unbind(3)
     scores = torch.einsum("bwihd,bwjhd->bwhij", q * options.scale, k)
     if bias_table is not None:
-        index = torch.as_tensor(options.codes(window).index(), device=device)
+        index = torch.as_tensor(options.codes(window).pairs(), device=device)
         scores = scores + bias_table[index].permute(2, 0, 1)
 
     t, h, w = (
@@ -58,6 +65,7 @@ def window_attention3d(
     if options.causal_t:
         seen = seen & (frame[..., None, :] <= frame[..., :, None])
     scores = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
+    sums = windows.join(scores.logsumexp(-1).transpose(2, 3)).flatten(1, 3).transpose(1, 2)
     weights = scores.softmax(-1)
     if seed is not None:
         at = torch.arange(B * math.prod(size), device=device).view(B, *size, 1)
@@ -66,7 +74,7 @@ def window_attention3d(
         key = torch.arange(weights.shape[-1], device=device)
         weights = weights * kept(query * heads + head, key, seed, options.dropout_p).to(weights)
     out = torch.einsum("bwhij,bwjhd->bwihd", weights, v.to(weights.dtype)).flatten(3)
-    return windows.join(out).to(qkv.dtype).contiguous()
+    return windows.join(out).to(qkv.dtype).contiguous(), sums
 
 
 def kept(row: Tensor, key: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -90,12 +98,12 @@ class Windows(NamedTuple):
     grid: bool
 
     @property
-    def count(self) -> list[int]:
+    def counts(self) -> list[int]:
         return [-(-n // w) for n, w in zip(self.size, self.window, strict=True)]
 
     @property
     def padded(self) -> list[int]:
-        return [c * w for c, w in zip(self.count, self.window, strict=True)]
+        return [c * w for c, w in zip(self.counts, self.window, strict=True)]
 
     def pad(self, x: Tensor) -> Tensor:
         dt, dh, dw = (p - n for p, n in zip(self.padded, self.size, strict=True))
@@ -104,7 +112,7 @@ class Windows(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """Of a padded map."""
         x = x.roll([-s for s in self.shift], (1, 2, 3))
-        pairs = zip(self.window, self.count, strict=True)
+        pairs = zip(self.window, self.counts, strict=True)
         if self.grid:
             lengths, order = [n for w, c in pairs for n in (w, c)], (2, 4, 6, 1, 3, 5)
         else:
@@ -114,7 +122,7 @@ class Windows(NamedTuple):
 
     def join(self, x: Tensor) -> Tensor:
         """The map, without its pads."""
-        x = x.reshape(x.shape[0], *self.count, *self.window, x.shape[-1])
+        x = x.reshape(x.shape[0], *self.counts, *self.window, x.shape[-1])
         order = (4, 1, 5, 2, 6, 3) if self.grid else (1, 4, 2, 5, 3, 6)
         x = x.permute(0, *order, 7).reshape(x.shape[0], *self.padded, x.shape[-1])
         x = x.roll(list(self.shift), (1, 2, 3))

@@ -1,0 +1,100 @@
+"""``window_attention3d``: the backends, what each can run, and which comes first."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._dispatch import YES, Backend, Operator, Verdict, no
+from ..common import triton_backend
+from . import definition, stock
+from .options import Options
+
+HEAD_DIMS = (16, 128)  # least and most of the kernels
+
+
+class Facts(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of qkv
+    options: Options
+    bias: bool
+    grad: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.shape[-1] // 3 // self.options.num_heads
+
+    @property
+    def full(self) -> bool:
+        """Every token sees every other, and nothing is added: what a fused attention of torch's takes."""
+        o = self.options
+        covered = all(n <= w for n, w in zip(self.shape[1:4], o.window, strict=True))
+        return covered and not (self.bias or o.causal_t or o.dropout_p)
+
+
+def _triton_can_run(facts: Facts) -> Verdict:
+    least, most = HEAD_DIMS
+    if facts.head_dim > most:
+        return no(f"head_dim is {facts.head_dim}; the kernels take {least} to {most}")
+    return triton_backend.can_run(facts.device, facts.dtype)
+
+
+def _prefer(facts: Facts) -> tuple[str, ...]:
+    """Fastest first; README.md says why."""
+    if facts.device.type == "cuda" and not facts.full and facts.head_dim >= HEAD_DIMS[0]:
+        return ("triton", "torch", "reference")
+    return ("torch", "triton", "reference")
+
+
+def _floor_bytes(facts: Facts) -> int:
+    """Least traffic of the forward pass: qkv once, the output, with gradients a sum a token and head."""
+    B, T, H, W, width = facts.shape
+    sums = 4 * facts.options.num_heads if facts.grad else 0
+    return B * T * H * W * ((width + width // 3) * facts.dtype.itemsize + sums)
+
+
+class _Lazy:
+    """Names of a module that is imported by the first call: Triton takes a tenth of a second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name, __package__), name)
+
+
+def facts_of(qkv: Tensor, options: Options, bias: bool, grad: bool) -> Facts:
+    return Facts(qkv.device, qkv.dtype, tuple(qkv.shape), options, bias, grad)
+
+
+_launches = _Lazy(".launches")
+
+OPERATOR = Operator(
+    "window_attention3d",
+    [
+        Backend(
+            "triton",
+            _triton_can_run,
+            _launches,
+            config=lambda facts: _launches.describe(facts),
+            floor_bytes=_floor_bytes,
+        ),
+        Backend("torch", lambda facts: YES, stock, floor_bytes=_floor_bytes),
+        Backend("reference", lambda facts: YES, definition),
+    ],
+    prefer=_prefer,
+    facts=lambda *args, **kwargs: _facts_of_call(*args, **kwargs),
+)
+
+
+def _facts_of_call(*args: Any, **kwargs: Any) -> Facts:
+    """The public function's arguments -> facts, for ``explain``."""
+    from .op import facts_of_call
+
+    return facts_of_call(*args, **kwargs)
