@@ -47,6 +47,17 @@ class Piece(NamedTuple):
         """Of the bias table, for each pair of slots: int64 ``[n * n]``."""
         return self.kept_rows if self.kept_rows is not None else _rows(self.code, self.middle)
 
+    def part(self, first: int, end: int) -> Piece:
+        """Some of the boxes; masks stay with the whole."""
+        if end - first == self.boxes:
+            return self
+        low, high = first * self.n, end * self.n
+        pads, real = self.pads, self.real
+        if pads is not None and real is not None:
+            pads = pads[(pads >= low) & (pads < high)] - low
+            real = real[(real >= low) & (real < high)] - low
+        return self._replace(boxes=end - first, tokens=self.tokens[low:high], pads=pads, real=real)
+
     @property
     def real_tokens(self) -> Tensor:
         return self.tokens if self.real is None else self.tokens[self.real]

@@ -19,7 +19,7 @@ from .pieces import Piece, pieces
 from .reference import kept
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-# Scores that a step of backward holds at once: they are walked some eight times, from the cache.
+# Scores of a head that backward holds at once: they are walked some eight times, from the cache.
 _STEP = 1 << 19
 
 
@@ -58,7 +58,7 @@ def forward(
     dtype = _bias_dtype(qkv)
     rows = None if table is None else table.t().to(dtype).contiguous()
     for piece in _pieces_of(qkv, options):
-        q, k, v = _gather(flat, pad_kv, piece, s)
+        q, k, v = _gather(flat, pad_kv, piece, s).transpose(1, 3).unbind(2)
         bias = _for_all(_bias(rows, piece, dtype), piece, s)
         if seed is not None:
             found, sums = _attend(q, k, v, bias, _kept(piece, s, seed, options.dropout_p), options)
@@ -87,15 +87,14 @@ def _bias_dtype(qkv: Tensor) -> torch.dtype:
     return torch.promote_types(qkv.dtype, torch.float32) if qkv.is_cpu else qkv.dtype
 
 
-def _gather(qkv: Tensor, pad_kv: Tensor | None, piece: Piece, s: Sizes) -> tuple[Tensor, ...]:
-    """q, k and v of a piece, ``[B * boxes, heads, n, dim]`` each. A pad's q is zero."""
+def _gather(qkv: Tensor, pad_kv: Tensor | None, piece: Piece, s: Sizes) -> Tensor:
+    """The rows of a piece, ``[B * boxes, n, 3, heads, dim]``. A pad's q is zero."""
     rows = qkv.index_select(1, piece.tokens)
     if piece.pads is not None:
         rows[:, piece.pads] = 0
         if pad_kv is not None:
             rows[:, piece.pads, s.heads * s.dim :] = pad_kv.reshape(-1).to(rows.dtype)
-    rows = rows.view(s.B * piece.boxes, piece.n, 3, s.heads, s.dim)
-    return rows.permute(2, 0, 3, 1, 4).unbind(0)
+    return rows.view(s.B * piece.boxes, piece.n, 3, s.heads, s.dim)
 
 
 def _bias(rows: Tensor | None, piece: Piece, dtype: torch.dtype) -> Tensor | None:
@@ -141,139 +140,90 @@ def backward(
     dout: Tensor, qkv: Tensor, table: Tensor | None, pad_kv: Tensor | None, seed: Tensor | None, out: Tensor,
     lse: Tensor, needs: Sequence[bool], options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dqkv, dtable, dpad_kv for ``needs`` (of qkv, table, pad_kv).
-
-    A column more in the products subtracts from every score its log-sum-exp, and from every dP its delta: both
-    come out of the GEMM as they are wanted.
-    """
+    """dqkv, dtable, dpad_kv for ``needs`` (of qkv, table, pad_kv)."""
     s = _sizes(qkv, options)
     state = lse.dtype
     flat, dflat = qkv.reshape(s.B, s.L, -1), dout.reshape(s.B, s.L, -1)
     delta = (dflat.to(state) * out.reshape(dflat.shape)).view(s.B, s.L, s.heads, s.dim).sum(-1)
+    sums = lse.transpose(1, 2)
     dqkv = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    dtable, dpad = (
+        torch.zeros_like(t, dtype=state, memory_format=torch.contiguous_format)
+        if t is not None and need
+        else None
+        for t, need in ((table, needs[1]), (pad_kv, needs[2]))
+    )
     rows = None if table is None else table.t().to(state).contiguous()
-    dtable = dpad = None
-    if table is not None and needs[1]:
-        dtable = torch.zeros_like(table, dtype=state, memory_format=torch.contiguous_format)
-    if pad_kv is not None and needs[2]:
-        dpad = torch.zeros_like(pad_kv, dtype=state, memory_format=torch.contiguous_format)
     for piece in _pieces_of(qkv, options):
         bias = _bias(rows, piece, state)
         dbias = None if dtable is None else lse.new_zeros(s.heads, piece.n, piece.n)
-        at_once = max(1, _STEP // (s.B * s.heads * piece.n**2))
+        at_once = max(1, _STEP // (s.B * piece.n**2))
         for first in range(0, piece.boxes, at_once):
-            part = _part(piece, first, min(first + at_once, piece.boxes))
-            own = bias if bias is None or bias.shape[0] == 1 else bias[first : first + part.boxes]
-            factor = None if seed is None else _kept(part, s, seed, options.dropout_p).flatten(0, 1)
-            q, k, v = _gather(flat, pad_kv, part, s)
-            do = dflat.index_select(1, part.tokens).view(-1, part.n, s.heads, s.dim).transpose(1, 2)
-            sums = (
-                lse.index_select(2, part.tokens).view(s.B, s.heads, part.boxes, -1).transpose(1, 2)
+            part = piece.part(first, min(first + at_once, piece.boxes))
+            given = _gather(flat, pad_kv, part, s).to(state)
+            do, minus, own_sums = (
+                x.index_select(1, part.tokens).view(s.B * part.boxes, part.n, s.heads, -1)
+                for x in (dflat, delta, sums)
             )
-            minus = delta.index_select(1, part.tokens).view(-1, part.n, s.heads).transpose(1, 2)
-            sums = sums.reshape(minus.shape)
             if part.pads is not None:  # nobody's gradient depends on what a pad sees
-                box, slot = part.pads // part.n, part.pads % part.n
-                do, sums = do.clone(), sums.clone()
-                for b in range(s.B):
-                    do[b * part.boxes + box, :, slot] = 0
-                    sums[b * part.boxes + box, :, slot] = torch.inf
-            products = (
-                _widened(q.to(state) * options.scale, -sums), _widened(k.to(state), 1),
-                _widened(v.to(state), 1), _widened(do.to(state), -minus),
-            )  # fmt: skip
-            dq, dk, dv = _gradients(*products, own, factor, dbias, s.heads)
-            found = torch.stack((dq * options.scale, dk, dv))  # [3, B * boxes * heads, n, dim]
-            found = found.view(3, s.B, part.boxes, s.heads, part.n, s.dim).permute(1, 2, 4, 0, 3, 5)
-            found = found.reshape(s.B, part.boxes * part.n, -1)
-            if part.pads is not None:
+                do.view(s.B, -1, s.heads * s.dim)[:, part.pads] = 0
+                own_sums.view(s.B, -1, s.heads)[:, part.pads] = torch.inf
+            own = bias if bias is None or bias.shape[0] == 1 else bias[first : first + part.boxes]
+            factor = None if seed is None else _kept(part, s, seed, options.dropout_p)
+            found = _gradients(given, do.to(state), own, own_sums, minus, factor, dbias, options.scale)
+            found = found.view(s.B, part.boxes * part.n, -1)
+            if part.pads is not None and part.real is not None:
                 if dpad is not None:
-                    lost = found[:, part.pads, s.heads * s.dim :]
-                    dpad += lost.sum((0, 1)).view(dpad.shape)
+                    dpad += found[:, part.pads, s.heads * s.dim :].sum((0, 1)).view(dpad.shape)
                 found = found.index_select(1, part.real)
             dqkv.index_copy_(1, part.real_tokens, found.to(dqkv.dtype))
-        if dbias is not None:
-            dbias = dbias.permute(1, 2, 0).reshape(-1, s.heads)
-            _add_rows(dtable, piece.rows(), dbias)
+        if dtable is not None and dbias is not None:
+            _add_rows(dtable, piece.rows(), dbias.permute(1, 2, 0).reshape(-1, s.heads))
     return (
         dqkv.view(qkv.shape) if needs[0] else None,
-        None if dtable is None else dtable.to(table.dtype),
-        None if dpad is None else dpad.to(pad_kv.dtype),
+        None if table is None or dtable is None else dtable.to(table.dtype),
+        None if pad_kv is None or dpad is None else dpad.to(pad_kv.dtype),
     )
 
 
-def _part(piece: Piece, first: int, end: int) -> Piece:
-    """Some of a piece's boxes; their masks stay with the whole."""
-    if end - first == piece.boxes:
-        return piece
-    low, high = first * piece.n, end * piece.n
-    pads, real = piece.pads, piece.real
-    if pads is not None and real is not None:
-        pads = pads[(pads >= low) & (pads < high)] - low
-        real = real[(real >= low) & (real < high)] - low
-        if pads.numel() == 0:
-            pads = real = None
-    return piece._replace(boxes=end - first, tokens=piece.tokens[low:high], pads=pads, real=real)
-
-
-def _widened(x: Tensor, column: Tensor | float) -> Tensor:
-    """``[m, heads, n, dim]`` -> ``[m * heads, n, dim + 1]``."""
-    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
-    wide[..., :-1] = x
-    wide[..., -1] = column
-    return wide.flatten(0, 1)
-
-
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor | None, factor: Tensor | None, dbias: Tensor | None,
-    heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (of the scaled q), dk, dv of widened products ``[m * heads, n, dim + 1]``, a step at a time; adds to dbias."""
-    pairs, n, wide = q.shape
-    step = _step(n, heads)
-    if bias is not None:
-        if bias.shape[0] > 1:
-            bias = bias.repeat(pairs // heads // bias.shape[0], 1, 1, 1).expand(-1, heads, -1, -1)
-            bias = bias.reshape(pairs, n, n)
-        else:
-            bias = bias.expand(-(-step // heads), heads, -1, -1).reshape(-1, n, n)
-    dq, dk, dv = (x.new_empty(pairs, n, wide - 1) for x in (q, k, v))
-    weights, ds = (q.new_empty(min(step, pairs), n, n) for _ in range(2))
-    for first in range(0, pairs, step):
-        e = slice(first, min(first + step, pairs))
-        m = e.stop - first
-        p, d = weights[:m], ds[:m]
+    qkv: Tensor, do: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor, factor: Tensor | None,
+    dbias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """As qkv ``[m, n, 3, heads, dim]``; do, lse and delta are ``[m, n, heads, ...]``. Adds to dbias.
+
+    Head by head: the products read and write rows where they lie, and only two matrices of scores are held.
+    """
+    m, n, _, heads, dim = qkv.shape
+    found = torch.empty_like(qkv)
+    weights, ds = qkv.new_empty(2, m, n, n)
+    if bias is not None and bias.shape[0] > 1:
+        bias = bias.repeat(m // bias.shape[0], 1, 1, 1)
+    for h in range(heads):
+        q, k, v = qkv[:, :, :, h].unbind(2)
+        dq, dk, dv = found[:, :, :, h].unbind(2)
+        dout = do[:, :, h]
+        # What is to be added to the products is there before them, and costs no pass of its own.
         if bias is None:
-            torch.bmm(q[e], k[e].transpose(1, 2), out=p)
+            torch.neg(lse[:, :, h].expand(weights.shape), out=weights)
         else:
-            start = first % bias.shape[0]
-            torch.baddbmm(bias[start : start + m], q[e], k[e].transpose(1, 2), out=p)
-        p.exp_()
+            torch.sub(bias[:, h if bias.shape[1] > 1 else 0], lse[:, :, h], out=weights)
+        weights.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
         if factor is None:
-            torch.bmm(p.transpose(1, 2), do[e, :, :-1], out=dv[e])
-            torch.bmm(do[e], v[e].transpose(1, 2), out=d)
+            torch.bmm(weights.transpose(1, 2), dout, out=dv)
+            torch.neg(delta[:, :, h].expand(ds.shape), out=ds)
+            ds.baddbmm_(dout, v.transpose(1, 2))
         else:
-            own = factor[e].to(p.dtype)
-            torch.bmm((p * own).transpose(1, 2), do[e, :, :-1], out=dv[e])
-            torch.bmm(do[e, :, :-1], v[e, :, :-1].transpose(1, 2), out=d)
-            d.mul_(own).add_(do[e, :, -1:])
-        d.mul_(p)
+            own = factor[:, h].to(weights.dtype)
+            torch.bmm((weights * own).transpose(1, 2), dout, out=dv)
+            torch.bmm(dout, v.transpose(1, 2), out=ds)
+            ds.mul_(own).sub_(delta[:, :, h])
+        ds.mul_(weights)
         if dbias is not None:
-            if m < heads:
-                dbias[first % heads : first % heads + m] += d
-            else:
-                dbias += d.view(-1, heads, n, n).sum(0) if m > heads else d
-        torch.bmm(d, k[e, :, :-1], out=dq[e])
-        torch.bmm(d.transpose(1, 2), q[e, :, :-1], out=dk[e])
-    return dq, dk, dv
-
-
-def _step(n: int, heads: int) -> int:
-    """Pairs (window, head) in a step: a divisor of the heads, or a multiple."""
-    most = max(1, _STEP // n**2)
-    if most >= heads:
-        return most // heads * heads
-    return max(d for d in range(1, most + 1) if heads % d == 0)
+            dbias[h] += ds.sum(0)
+        torch.baddbmm(dq, ds, k, beta=0, alpha=scale, out=dq)
+        torch.baddbmm(dk, ds.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
+    return found
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
