@@ -21,6 +21,8 @@ from .reference import kept
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Scores of a head that backward holds at once: they are walked some eight times, from the cache.
 _STEP = 1 << 19
+# Scores in all up to which one call for all heads is quicker than a call for each.
+_FEW = 1 << 17
 
 
 class Sizes(NamedTuple):
@@ -170,8 +172,10 @@ def backward(
                 own_sums.view(s.B, -1, s.heads)[:, part.pads] = torch.inf
             own = bias if bias is None or bias.shape[0] == 1 else bias[first : first + part.boxes]
             factor = None if seed is None else _kept(part, s, seed, options.dropout_p)
-            found = _gradients(given, do.to(state), own, own_sums, minus, factor, dbias, options.scale)
-            found = found.view(s.B, part.boxes * part.n, -1)
+            found = _gradients(
+                given, do.to(state), own, own_sums, minus, factor, dbias, options.scale
+            )
+            found = found.reshape(s.B, part.boxes * part.n, -1)
             if part.pads is not None and part.real is not None:
                 if dpad is not None:
                     dpad += found[:, part.pads, s.heads * s.dim :].sum((0, 1)).view(dpad.shape)
@@ -190,40 +194,59 @@ def _gradients(
     qkv: Tensor, do: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor, factor: Tensor | None,
     dbias: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """As qkv ``[m, n, 3, heads, dim]``; do, lse and delta are ``[m, n, heads, ...]``. Adds to dbias.
-
-    Head by head: the products read and write rows where they lie, and only two matrices of scores are held.
-    """
+    """As qkv ``[m, n, 3, heads, dim]``; do, lse and delta are ``[m, n, heads, ...]``. Adds to dbias."""
     m, n, _, heads, dim = qkv.shape
+    if bias is not None:
+        bias = bias.expand(bias.shape[0], heads, n, n)
+        if bias.shape[0] > 1:
+            bias = bias.repeat(m // bias.shape[0], 1, 1, 1)
+    if m * heads * n * n <= _FEW:
+        batch = m * heads
+        rows = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch, n, dim)
+        found = torch.empty_like(rows)
+        if bias is not None:
+            bias = bias.expand(m, heads, n, n).reshape(batch, n, n)
+        do, lse, delta = (x.transpose(1, 2).reshape(batch, n, -1) for x in (do, lse, delta))
+        factor = None if factor is None else factor.flatten(0, 1)
+        ds = _attend_backward(rows.unbind(0), do, bias, lse, delta, factor, scale, found.unbind(0))
+        if dbias is not None:
+            dbias += ds.view(m, heads, n, n).sum(0)
+        return found.view(3, m, heads, n, dim).permute(1, 3, 0, 2, 4)
+    # Head by head: the products read and write rows where they lie.
     found = torch.empty_like(qkv)
-    weights, ds = qkv.new_empty(2, m, n, n)
-    if bias is not None and bias.shape[0] > 1:
-        bias = bias.repeat(m // bias.shape[0], 1, 1, 1)
     for h in range(heads):
-        q, k, v = qkv[:, :, :, h].unbind(2)
-        dq, dk, dv = found[:, :, :, h].unbind(2)
-        dout = do[:, :, h]
-        # What is to be added to the products is there before them, and costs no pass of its own.
-        if bias is None:
-            torch.neg(lse[:, :, h].expand(weights.shape), out=weights)
-        else:
-            torch.sub(bias[:, h if bias.shape[1] > 1 else 0], lse[:, :, h], out=weights)
-        weights.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
-        if factor is None:
-            torch.bmm(weights.transpose(1, 2), dout, out=dv)
-            torch.neg(delta[:, :, h].expand(ds.shape), out=ds)
-            ds.baddbmm_(dout, v.transpose(1, 2))
-        else:
-            own = factor[:, h].to(weights.dtype)
-            torch.bmm((weights * own).transpose(1, 2), dout, out=dv)
-            torch.bmm(dout, v.transpose(1, 2), out=ds)
-            ds.mul_(own).sub_(delta[:, :, h])
-        ds.mul_(weights)
+        ds = _attend_backward(
+            qkv[:, :, :, h].unbind(2), do[:, :, h], None if bias is None else bias[:, h], lse[:, :, h],
+            delta[:, :, h], None if factor is None else factor[:, h], scale, found[:, :, :, h].unbind(2),
+        )  # fmt: skip
         if dbias is not None:
             dbias[h] += ds.sum(0)
-        torch.baddbmm(dq, ds, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(dk, ds.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
     return found
+
+
+def _attend_backward(
+    qkv: Sequence[Tensor], do: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor, factor: Tensor | None,
+    scale: float, grads: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """Writes dq, dk, dv ``[b, n, dim]`` and gives back the gradient of the scores ``[b, n, n]``.
+
+    What is to be added to a product is there before it, and so costs no pass of its own.
+    """
+    q, k, v = qkv
+    dq, dk, dv = grads
+    weights = -lse.expand(*q.shape[:2], q.shape[1]) if bias is None else bias - lse
+    weights.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
+    if factor is None:
+        torch.bmm(weights.transpose(1, 2), do, out=dv)
+        ds = torch.baddbmm(delta, do, v.transpose(1, 2), beta=-1)
+    else:
+        factor = factor.to(weights.dtype)
+        torch.bmm((weights * factor).transpose(1, 2), do, out=dv)
+        ds = torch.bmm(do, v.transpose(1, 2)).mul_(factor).sub_(delta)
+    ds *= weights
+    torch.baddbmm(dq, ds, k, beta=0, alpha=scale, out=dq)
+    torch.baddbmm(dk, ds.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
+    return ds
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
