@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from ..ops.window_attention import window_attention3d
 from ..ops.window_attention.backends import OPERATOR
 from ..ops.window_attention.op import check_shift, triple
 from ..ops.window_attention.options import check_names
-from ..ops.window_attention.position import codes
+from ..ops.window_attention.position import codes, table_rows
 
 
 class _WindowAttention(nn.Module):
@@ -40,7 +39,7 @@ class _WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         if bias:
-            rows = math.prod(2 * w - 1 for w in self.window_size)
+            rows = table_rows(self.window_size)
             table = torch.empty(rows, num_heads, device=device, dtype=dtype)
             self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         else:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.autocast import without_autocast
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
 from . import native, reference, stock
@@ -28,9 +29,7 @@ def _settled(x: Tensor, precision: str) -> Iterator[None]:
     """
     switches = precision and x.is_cuda and x.dtype == torch.float32
     was = torch.backends.cuda.matmul.allow_tf32 if switches else False
-    with contextlib.ExitStack() as stack:
-        if torch._C._is_any_autocast_enabled() and not x.is_meta:
-            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    with without_autocast(x):
         if switches:
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         try:

@@ -96,11 +96,11 @@ class WindowPlan:
         pad = np.cumsum(is_pad).reshape(is_pad.shape)
         self.pads = int(is_pad.sum())
         shape = (self.windows, self.tokens)
-        self.token: Ints = np.where(is_pad, -pad, (t * H + h) * W + w).reshape(shape)
-        self.frame: Ints = t.reshape(shape)
+        self.token: Ints = np.where(is_pad, np.negative(pad), (t * H + h) * W + w).reshape(shape)
+        self.frame: Ints = t.copy().reshape(shape)
         codes = [self._spread(axis.wrapped, k) for k, axis in enumerate(self._axes)]
         region = 4 * codes[0] + 2 * codes[1] + codes[2]
-        self.region: Ints = np.broadcast_to(region, is_pad.shape).reshape(shape)
+        self.region: Ints = np.broadcast_to(region, is_pad.shape).copy().reshape(shape)
 
     @staticmethod
     def _spread(values: np.ndarray, axis: int) -> np.ndarray:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.autocast import without_autocast
 from ..common.dtypes import DTYPES
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
 from . import reference
 from .backends import OPERATOR, Facts, facts_of
 from .options import Options, check_names
+from .position import table_rows
 
 _OPTIONS = (
     "int num_heads, int[] window_size, int[] shift_size, int[] table_window, str bias_index, str border, str pad, "
@@ -26,18 +27,15 @@ _ARGUMENTS = (
 _TENSORS = 4
 
 
-def _parse(flags: Sequence[Any]) -> Options:
-    heads, window, shift, table_window, *others = flags
-    return Options(heads, tuple(window), tuple(shift), tuple(table_window), *others)
-
-
 def _run_forward(keep: bool, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
     qkv, table, pad_kv, seed, *flags, backend = args
-    options = _parse(flags)
+    options = Options.of_schema(*flags)
     if qkv.numel() == 0:
         return _fake_forward(keep, args)
     facts = facts_of(qkv, options, table is not None, keep)
-    return OPERATOR.select(backend, facts).impl.forward(qkv, table, pad_kv, seed, options, keep)
+    impl = OPERATOR.select(backend, facts).impl
+    with without_autocast(qkv):
+        return impl.forward(qkv, table, pad_kv, seed, options, keep)
 
 
 def _fake_forward(keep: bool, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -50,14 +48,15 @@ def _fake_forward(keep: bool, args: Sequence[Any]) -> tuple[Tensor, Tensor | Non
 
 def _run_backward(dout, qkv, table, pad_kv, seed, out, lse, *rest) -> Tensors:
     *flags, needs, backend = rest
-    options = _parse(flags)
+    options = Options.of_schema(*flags)
     if qkv.numel() == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in (qkv, table, pad_kv)]
         return _wanted(zeros, needs, qkv)
     facts = facts_of(qkv, options, table is not None, True)
     impl = OPERATOR.select(backend, facts).impl
     given = (dout.contiguous(), qkv, table, pad_kv, seed, out, lse)
-    return _wanted(impl.backward(*given, needs, options), needs, qkv)
+    with without_autocast(qkv):
+        return _wanted(impl.backward(*given, needs, options), needs, qkv)
 
 
 def _wanted(found: Tensors, needs: Sequence[bool], like: Tensor) -> Tensors:
@@ -112,7 +111,7 @@ def _backward(
 
 
 def _definition(tensors: Tensors, flags: tuple) -> Tensors:
-    return (reference.window_attention3d(*tensors, _parse(flags)),)  # type: ignore[call-arg, arg-type]
+    return (reference.window_attention3d(*tensors, Options.of_schema(*flags)),)  # type: ignore[call-arg, arg-type]
 
 
 def _recompute(saved: Tensors, flags: tuple) -> tuple[Tensors, Tensors]:
@@ -224,8 +223,7 @@ def _checked(
     if bias_table is not None:
         if any(w > t for w, t in zip(window, table, strict=True)):
             raise _error(f"table_window must be at least window_size {window}, got {table}")
-        rows = math.prod(2 * n - 1 for n in table)
-        _check_tensor("bias_table", bias_table, (rows, num_heads), qkv.device)
+        _check_tensor("bias_table", bias_table, (table_rows(table), num_heads), qkv.device)
     if pad_kv is not None:
         _check_tensor("pad_kv", pad_kv, (2, width // 3), qkv.device)
     if not 0 <= dropout_p < 1:

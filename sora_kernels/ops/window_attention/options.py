@@ -25,6 +25,11 @@ class Options(NamedTuple):
     scale: float
     dropout_p: float
 
+    @classmethod
+    def of_schema(cls, num_heads, window, shift, table_window, *others) -> Options:
+        """From the registered op's arguments, whose sizes are lists."""
+        return cls(num_heads, tuple(window), tuple(shift), tuple(table_window), *others)
+
     @property
     def pads_take_part(self) -> bool:
         return self.pad == "kv" and self.border != "ragged"

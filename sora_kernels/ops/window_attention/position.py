@@ -16,6 +16,12 @@ from .geometry import Ints, Size3
 INDICES = ("torchvision", "exact")
 
 
+def table_rows(window: Size3) -> int:
+    """Of a bias table: one for every offset in a window."""
+    t, h, w = window
+    return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+
+
 class Codes(NamedTuple):
     """Of the slots of a window in a table.
 
@@ -48,4 +54,4 @@ def codes(window: Size3, table_window: Size3, index: str) -> Codes:
     code, middle = np.zeros_like(slot), 0
     for at, n in zip(place, table_window, strict=True):
         code, middle = code * (2 * n - 1) + at, middle * (2 * n - 1) + n - 1
-    return Codes(code, middle, math.prod(2 * n - 1 for n in table_window))
+    return Codes(code, middle, table_rows(table_window))

@@ -76,7 +76,7 @@ def forward(
         if piece.real is not None:
             found, tokens = found.index_select(1, piece.real), piece.real_tokens
         out.index_copy_(1, tokens, found)
-        if lse is not None:
+        if lse is not None and sums is not None:
             sums = sums.view(s.B, piece.boxes, s.heads, piece.n).transpose(1, 2).flatten(2)
             if piece.real is not None:
                 sums = sums.index_select(2, piece.real)
