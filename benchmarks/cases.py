@@ -137,6 +137,23 @@ def module_call(
     return train
 
 
+def backward_call(
+    model: nn.Module, inputs: tuple[Any, ...], grads: tuple[Tensor, ...]
+) -> timers.Call:
+    """The backward pass alone, again and again over one forward pass."""
+    from torch._functorch import config
+
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted += [t for t in map(_data, inputs) if t is not None and t.requires_grad]
+    with config.patch(donated_buffer=False):  # torch.compile's would not survive the first pass
+        out = outputs(model(*inputs))
+
+    def run() -> Any:
+        return torch.autograd.grad(out, wanted, grads, retain_graph=True)
+
+    return run
+
+
 def outputs(result: Any) -> list[Tensor]:
     """The first tensor of a result: what is differentiated and compared."""
     while not isinstance(result, Tensor):

@@ -4,9 +4,11 @@ stock PyTorch, training with the bytes that it keeps for the backward pass."""
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +30,13 @@ class Case(cases.Case):
         layout: of :data:`LAYOUTS`: what the baseline runs in, and its name among the rivals.
         rivals: further builds of the baseline, timed in the same rounds; they are no rows of their own.
         saved: provider -> :func:`saved_bytes` of it; None where nothing is trained.
+        gate: rival, or ``layout`` -> the least speed-up of ours over it.
     """
 
     layout: str = ""
     rivals: tuple[str, ...] = ()
     saved: Callable[[str], int] | None = None
+    gate: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,6 +92,39 @@ def of(stock: nn.Module, inputs: tuple[Tensor, ...], layout: str, freezing: int)
         except (RuntimeError, OSError) as error:  # no C++ compiler, say
             found.missing[FREEZING] = str(error).strip().splitlines()[0]
     return found
+
+
+def built(
+    names: Iterable[str],
+    make: Callable[[str], timers.Call],
+    check: Callable[[str], Any],
+    device: str,
+) -> tuple[dict[str, Callable[[], timers.Call]], dict[str, str]]:
+    """Makers, for a case, of the rivals that can be built and are right, and why another is missing.
+
+    Args:
+        make: name -> a fresh instance; on a CPU the fastest of three is taken.
+        check: as a case's. A rival that breaks the rule is no fault of the row.
+    """
+    makers: dict[str, Callable[[], timers.Call]] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        fresh = functools.partial(make, name)
+        try:
+            check(name)
+            if device == "cpu":
+                fastest = timers.fastest(fresh, timers.wall(), 3)
+                fresh = functools.partial(lambda call: call, fastest)
+            makers[name] = fresh
+        except (RuntimeError, OSError, AssertionError) as error:  # no C++ compiler, say
+            missing[name] = str(error).strip().splitlines()[0][:200]
+    return makers, missing
+
+
+def forget_compiled() -> None:
+    """Before a case: torch.compile gives up on a function that has met eight shapes, and runs it eagerly."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def least_exact(others: Rivals, plain: Tensor, truth: Tensor) -> Tensor:
@@ -173,5 +210,19 @@ def complete(benchmark: Any, provider: str) -> None:
         raise TypeError(f"case: expected rivals.Case, got {type(case).__name__}")
     if case.saved is not None:
         benchmark.extra_info["saved_bytes"] = case.saved(provider)
-    if case.rivals and case.group in conftest._MEASURED:
-        benchmark.extra_info.update(speedups(conftest._MEASURED[case.group], provider, case))
+    if (case.rivals or case.gate) and case.group in conftest._MEASURED:
+        found = speedups(conftest._MEASURED[case.group], provider, case)
+        benchmark.extra_info.update(found)
+        if case.gate and provider.partition(":")[0] == "sora":
+            benchmark.extra_info.update(
+                gate=case.gate, gate_met=met(case.gate, found["speedup_over"])
+            )
+
+
+def met(gate: dict[str, float], over: dict[str, float] | None) -> bool | None:
+    """None where the row is void or a rival is missing that might decide it."""
+    if over is None:
+        return None
+    if any(over.get(name, least) < least for name, least in gate.items()):
+        return False
+    return True if gate.keys() <= over.keys() else None

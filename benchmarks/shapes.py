@@ -38,7 +38,9 @@ def _tiny(shape: dict[str, Any]) -> dict[str, Any]:
     """Depthwise stays depthwise and a residual keeps fitting: channels shrink alike."""
     small = dict(shape)
     small["batch"] = min(shape["batch"], 2)
-    if "input" in shape and isinstance(shape["input"], list):
+    if "window" in shape:
+        small.update(_tiny_windows(shape))
+    elif "input" in shape and isinstance(shape["input"], list):
         channels, *sizes = shape["input"]
         limits = [max(3, k) for k in shape.get("kernel", [4, 16, 16])]
         small["input"] = [
@@ -56,3 +58,16 @@ def _tiny(shape: dict[str, Any]) -> dict[str, Any]:
         small.update(time=min(shape["time"], 5), input=6, hidden=8)
         small.update({k: min(shape[k], 2) for k in ("shortest", "projection") if k in shape})
     return small
+
+
+def _tiny_windows(shape: dict[str, Any]) -> dict[str, Any]:
+    """Pads, clipped axes and shifts stay what they are."""
+    window = [min(w, 3) for w in shape["window"]]
+    size = [
+        w - 1 if n < full else w * min(-(-n // full), 2) - (n % full > 0)
+        for n, full, w in zip(shape["input"], shape["window"], window, strict=True)
+    ]
+    found = {"input": size, "heads": 2, "head_dim": 8, "window": window}
+    if "shift" in shape:
+        found["shift"] = [w // 2 if s else 0 for s, w in zip(shape["shift"], window, strict=True)]
+    return found
