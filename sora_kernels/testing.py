@@ -29,6 +29,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "gradcheck_fp64": Tolerance(1e-6, "central differences, step 1e-6, leave about 1e-9 x curvature"),
     "transform_fp64": Tolerance(1e-10, "the same formula in fp64 through another transform: summation order"),
     "composition_fp32": Tolerance(1e-5, "fp32 through some ten layers: 1e2 roundings of 6e-8, random signs"),
+    "window_attention_fp32": Tolerance(1e-6, "two projections and a softmax in fp32, beside the same in another order"),
     "training_fp32": Tolerance(1e-3, "20 optimiser steps multiply rounding noise; a wrong gradient shows at 1e-1"),
     "variance_relative": Tolerance(1e-6, "Chan's merge holds at mean/std = 1000, where a sum of squares loses 0.18"),
 }  # fmt: skip

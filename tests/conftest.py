@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 _TESTS = Path(__file__).parent
+_BENCHMARKS = _TESTS.parent / "benchmarks"
 # Folders that stay in one worker of pytest -n: their tests share costly set-ups, or take the time.
 _TOGETHER = ("audit", "benchmarks", "packaging")
 
@@ -44,10 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         if "triton" not in hidden:
             _mend_interpreter()
+    _find_benchmarks()
     import torch
 
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // workers))
+
+
+def _find_benchmarks() -> None:
+    """Makes ``benchmarks/`` importable under its name, and nothing else of the source tree."""
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", _BENCHMARKS / "__init__.py", submodule_search_locations=[str(_BENCHMARKS)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["benchmarks"])
 
 
 def _mend_interpreter() -> None:
@@ -93,8 +106,6 @@ def checked_overflow(monkeypatch) -> None:
 
 def _parts() -> dict[str, str]:
     """marker -> why its tests cannot run here, '' where they can."""
-    import importlib.util
-
     import torch
 
     from sora_kernels import _native

@@ -12,7 +12,6 @@ from sora_kernels.testing import assert_close, assert_within_2x
 from sora_models.layers import load, missing
 from sora_models.registry import model_class
 
-# Every model and config that both builds have today.
 PAIRS = [
     ("crnn", {}),
     ("crnn", {"cell": "rnn", "num_layers": 2}),
@@ -22,6 +21,12 @@ PAIRS = [
     ("enhancer", {"cell": "pixel_lstm"}),
     ("enhancer", {"cell": "pixel_gru"}),
     ("enhancer", {"cell": "conv_lstm"}),
+    # The plain model drops windows' tokens, ours the map's: other places for the same seed.
+    ("pyramid_transformer", {"dropout": 0.0}),
+    (
+        "pyramid_transformer",
+        {"dropout": 0.0, "pool_mode": "avg", "depth": 3, "window_size": (2, 3, 2)},
+    ),
 ]
 
 
@@ -62,6 +67,8 @@ BACKENDS = [
 @pytest.mark.parametrize("name, config", PAIRS)
 @pytest.mark.parametrize("training", [True, False])
 def test_outputs_and_every_gradient(tiny, monkeypatch, name, config, training, asked):
+    if name == "pyramid_transformer" and asked not in ("", "torch"):
+        pytest.skip("it has none of these operators")
     monkeypatch.setenv("SORA_BACKEND", asked)
     plain, sora = (model.train(training) for model in pair(tiny, name, config))
     truth = copy.deepcopy(plain).double()
@@ -113,7 +120,7 @@ def test_twenty_training_steps(tiny, name, config):
     for key, value in sora.state_dict().items():
         if value.is_floating_point():
             assert_close(value, plain.state_dict()[key], "training_fp32", name=key)
-    first = next(key for key in initial if key.endswith("conv.weight"))
+    first = next(key for key in initial if key.endswith("weight"))
     assert not torch.equal(initial[first], sora.state_dict()[first])
 
 
@@ -147,19 +154,10 @@ def test_either_build_reads_what_the_other_saved(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", sora_models.list_models())
-def test_a_layer_that_is_not_there_is_named(name):
-    """Builds exactly where its layers exist; else one error names the missing ones."""
-    model = model_class(name)
-    absent = missing(load("sora"), model.layers_used(model.config_class()))
-    if not absent:
-        sora_models.build(name, "sora")
-        return
-    with pytest.raises(NotImplementedError) as raised:
-        sora_models.build(name, "sora")
-    assert str(raised.value) == (
-        f"{name} with this config needs {', '.join(absent)}, which backend 'sora' does not have; "
-        "backends that have it: 'torch'"
-    )
+def test_every_model_builds_on_the_library(name):
+    config = model_class(name).config_class()
+    assert not missing(load("sora"), model_class(name).layers_used(config))
+    sora_models.build(name, "sora")
 
 
 def test_a_missing_layer_is_named_without_building(monkeypatch):
@@ -167,37 +165,3 @@ def test_a_missing_layer_is_named_without_building(monkeypatch):
     monkeypatch.delattr(layers, "LSTM")
     with pytest.raises(NotImplementedError, match="crnn with this config needs LSTM, which"):
         sora_models.build("crnn", "sora")
-
-
-@pytest.mark.parametrize("asked", ["", "torch"])
-@pytest.mark.parametrize(
-    "name, config",
-    [
-        ("pyramid_transformer", {"pool_mode": "max"}),
-        ("pyramid_transformer", {"pool_mode": "avg"}),
-        ("vaegan", {}),
-    ],
-)
-def test_pools_of_models_whose_other_layers_are_to_come(tiny, monkeypatch, name, config, asked):
-    """The plain model with its pools alone exchanged: outputs and every gradient."""
-    monkeypatch.setenv("SORA_BACKEND", f"pyramid_pool3d={asked}" if asked else "")
-    plain = tiny(name, "torch", **config).eval()
-    sora = copy.deepcopy(plain)
-    pools = [(p, m) for p, m in sora.named_modules() if type(m) is load("torch").PyramidPool3d]
-    assert pools
-    for path, pool in pools:
-        options = {key: getattr(pool, key) for key in ("mode", "output", "data_format")}
-        sora.set_submodule(path, load("sora").PyramidPool3d(pool.levels, **options))
-    truth = copy.deepcopy(plain).double()
-    data = torch.rand(2, 3, 4, 8, 10)
-    found = []
-    for model in (truth, plain, sora):
-        clip = data.to(next(model.parameters()).dtype).requires_grad_()
-        results = outputs(model.discriminator if name == "vaegan" else model, clip)
-        leaves = [clip, *model.parameters()]
-        loss = sum(value.square().mean() for value in results.values())
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append((*results.values(), *(g for g in gradients if g is not None)))
-    assert len({len(each) for each in found}) == 1
-    for k, (want, other, ours) in enumerate(zip(*found, strict=True)):
-        assert_within_2x(ours, other, want, name=str(k), kink=k >= len(results))
