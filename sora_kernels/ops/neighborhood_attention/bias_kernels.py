@@ -71,21 +71,20 @@ def _neighborhood_attention_bias_fold_kernel(
         token = tl.load(rows_ptr + at_m)
         low = tl.load(rows_ptr + rows + at_m)
         high = tl.load(rows_ptr + 2 * rows + at_m)
-        mask_m = token >= 0
         lowest = tl.load(tiles_ptr + tile * 3 + 1)
         highest = tl.load(tiles_ptr + tile * 3 + 2)
         mask_n = ((word + lowest) & (highest - word) & guards) == guards
-        key = tl.load(tiles_ptr + tile * 3) + step
-        q = load_tokens(q_ptr + b * stride_qb, token, stride_qn, mask_m, D, BLOCK_D, INDEX)
+        key = tl.load(tiles_ptr + tile * 3) + tl.where(mask_n, step, 0)  # one that is there
+        q = load_tokens(q_ptr + b * stride_qb, token, stride_qn, None, D, BLOCK_D, INDEX)
         dout = load_tokens(
-            dout_ptr + b * tokens * stride_on, token, stride_on, mask_m, D, BLOCK_D, INDEX
+            dout_ptr + b * tokens * stride_on, token, stride_on, None, D, BLOCK_D, INDEX
         )
-        k = load_tokens(k_ptr + b * stride_kb, key, stride_kn, mask_n, D, BLOCK_D, INDEX)
-        v = load_tokens(v_ptr + b * stride_vb, key, stride_vn, mask_n, D, BLOCK_D, INDEX)
+        k = load_tokens(k_ptr + b * stride_kb, key, stride_kn, None, D, BLOCK_D, INDEX)
+        v = load_tokens(v_ptr + b * stride_vb, key, stride_vn, None, D, BLOCK_D, INDEX)
         sums = (b * heads + h) * tokens + token
-        lse = tl.load(lse_ptr + sums, mask=mask_m, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + sums, mask=mask_m, other=0.0)
-        seen = sees(low, high, word, guards) & mask_m[:, None]
+        lse = tl.load(lse_ptr + sums) * LOG2E
+        delta = tl.load(delta_ptr + sums)
+        seen = sees(low, high, word, guards)
         s = scores(q, k, None, row_bias, column_bias, seen, scale, ACC, PRECISION) + bias
         p = tl.math.exp2(s - lse[:, None])
         dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION)

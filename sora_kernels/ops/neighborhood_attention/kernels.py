@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dot import dot
+from ..common.dot import INTERPRETING, dot
 
 MASKED = tl.constexpr(-1e9)  # finite: minus infinity less itself is no number
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -77,6 +77,30 @@ def store_tokens(
 
 
 @triton.jit
+def gather(x_ptr, index, mask):
+    """``x[index]``, MASKED where masked. As one instruction of PTX it stays in the layout of its operands, the scores';
+    as ``tl.load`` it would be pipelined through shared memory, an element a copy, with addresses and mask made again
+    in the copies' layout.
+    """
+    if INTERPRETING or x_ptr.dtype.element_ty == tl.float64:
+        return tl.load(x_ptr + index, mask=mask, other=MASKED)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $2, 0;
+            mov.b32 $0, 0xce6e6b28;
+            @p ld.global.nc.f32 $0, [$1];
+            }""",
+            "=r,l,r",
+            [(x_ptr + index).to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def scores(
     rows, columns, bias_ptr, row_bias, column_bias, seen, scale, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -84,8 +108,7 @@ def scores(
     s = tl.zeros([rows.shape[0], columns.shape[0]], ACC)
     s = dot(rows, tl.trans(columns), s, PRECISION) * scale
     if bias_ptr is not None:
-        index = row_bias[:, None] + column_bias[None, :]
-        return s + tl.load(bias_ptr + index, mask=seen, other=MASKED)
+        return s + gather(bias_ptr, row_bias[:, None] + column_bias[None, :], seen)
     else:
         return tl.where(seen, s, MASKED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,15 +37,16 @@ class Options(NamedTuple):
     @property
     def rows(self) -> int:
         """Of the bias table."""
-        return math.prod(2 * w - 1 for w in self.window)
+        t, h, w = self.window
+        return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
 
     @property
     def steps(self) -> Size3:
         """Rows of the bias table from one offset along t, h, w to the next: the row of a query and a key is
         ``middle`` plus the steps times (query - key), in units of the dilation.
         """
-        _, h, w = (2 * n - 1 for n in self.window)
-        return h * w, w, 1
+        _, h, w = self.window
+        return (2 * h - 1) * (2 * w - 1), 2 * w - 1, 1
 
     @property
     def middle(self) -> int:

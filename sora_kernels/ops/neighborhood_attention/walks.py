@@ -7,7 +7,8 @@ guards - first coordinate seen, and ``high`` = guards + last, field by field,
 
     ((column + low) & (high - column) & guards) == guards
 
-for neither sum crosses a field, and a guard is lost exactly where its field falls below zero.
+for neither sum crosses a field, and a guard is lost exactly where its field falls below zero. A row whose ``low`` is 0
+sees nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Fold(NamedTuple):
     A block is BLOCK_N offsets (a box of them); a program folds the scores of one block over tiles that reach it.
 
     Attributes:
-        rows: int32 ``[3, tiles * BLOCK_M]``: token (-1 for a pad), low, high.
+        rows: int32 ``[3, tiles * BLOCK_M]``: token (any for a pad), low, high.
         tiles: int32 ``[tiles, 3]``: token of its first query, low, high of its box of keys.
         columns: int32 ``[3, blocks * BLOCK_N]``: word, token from a tile's first query, bias.
         bias: int32 ``[BLOCK_M]``: of the rows.
@@ -144,10 +145,8 @@ def walk(
     count = token.shape[1]
     valid = _places(tiles, lengths, lambda axis, tile, at: np.where(at < tile.stop, 0, -1)) == 0
     rows[0, :, :count] = np.where(valid, token, -1)
-    rows[1] = fields.guards
-    rows[1, :, :count] += -low
-    rows[2] = fields.guards
-    rows[2, :, :count] += high
+    rows[1, :, :count] = np.where(valid, fields.guards - low, 0)
+    rows[2, :, :count] = fields.guards + high
     rows[3, :, :count] = bias + options.middle
     return Walk(
         _int32(rows.reshape(4, -1), device), _int32(heads.reshape(-1, 3), device), _int32(slots, device),
@@ -290,12 +289,11 @@ def fold(
     moved = [[t._replace(low=t.first + b) for t in own] for own, b in zip(tiles, base, strict=True)]
     token, low_, high_ = (_places(moved, lengths, of) for of in (seen, low, high))
     valid = _places(moved, lengths, lambda axis, tile, at: np.where(at < tile.stop, 0, -1)) == 0
-    rows = np.full((3, token.shape[0], block_m), fields.guards)
-    rows[0] = -1
-    rows[0, :, : token.shape[1]] = np.where(valid, token, -1)
-    # A pad sees nothing: its last is before its first.
-    rows[1, :, : token.shape[1]] -= low_
-    rows[2, :, : token.shape[1]] += high_
+    own = token.shape[1]
+    rows = np.zeros((3, token.shape[0], block_m), dtype=np.int64)
+    rows[0, :, :own] = token
+    rows[1, :, :own] = np.where(valid, fields.guards - low_, 0)
+    rows[2, :, :own] = fields.guards + high_
     heads = np.stack(
         [
             _outer(
