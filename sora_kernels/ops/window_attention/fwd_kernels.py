@@ -37,7 +37,7 @@ def _window_attention_fwd_kernel(
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWS_INNER: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window. ``pairs`` is B * W."""
     pid = tl.program_id(0)
@@ -60,7 +60,7 @@ def _window_attention_fwd_kernel(
     if PADS:
         pad_k_ptr = pad_ptr + head * DIM
         pad_v_ptr = pad_k_ptr + C
-    q = _load_rows(q_ptr, None, token_q, stride_l, offs_d, DIM, BLOCK_D, False)
+    q = _load_rows(q_ptr, None, token_q, stride_l, offs_d, DIM, BLOCK_D, False, INDEX)
     if MASK == "product":
         ask = _load_pair(ask_ptr, kind, offs_m, NP, CLASSES)
     elif MASK == "code":
@@ -82,8 +82,8 @@ def _window_attention_fwd_kernel(
     for tile in range(first, end):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         token_k = tl.load(token_ptr + offs_n)
-        k = _load_rows(k_ptr, pad_k_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS)
-        v = _load_rows(v_ptr, pad_v_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS)
+        k = _load_rows(k_ptr, pad_k_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX)
+        v = _load_rows(v_ptr, pad_v_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX)
         if BIAS == "dense":
             s = _bias_tile(bias_ptr, (head * tiles_m + pid_m) * tiles_n + tile, BLOCK_M, BLOCK_N)
         elif BIAS == "gather":
@@ -106,9 +106,8 @@ def _window_attention_fwd_kernel(
             p *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
         acc = dot(p.to(v.dtype), v, acc * shrunk[:, None], PRECISION)
         m = highest
-    _store_rows(
-        out_ptr + (b * L * heads + head) * DIM, acc / l[:, None], token_q, C, offs_d, DIM, BLOCK_D
-    )
+    out_ptr += (b * L * heads + head) * DIM
+    _store_rows(out_ptr, acc / l[:, None], token_q, C, offs_d, DIM, BLOCK_D, INDEX)
     if lse_ptr is not None:
         lse_ptr += (b * heads + head) * L
         tl.store(lse_ptr + token_q, (m + tl.log2(l)) * LN2, mask=token_q >= 0)

@@ -22,10 +22,13 @@ UNSEEN = tl.constexpr(1e30)  # the log-sum-exp of a query that is none: all its 
 
 @triton.jit
 def _load_rows(
-    ptr, pad_ptr, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr
+    ptr, pad_ptr, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``[slots, BLOCK_D]`` of tokens; of pads, if PADS, the row at ``pad_ptr``; zeros for the others."""
-    row_ptr = ptr + token.to(tl.int64) * stride
+    """Rows ``[slots, BLOCK_D]`` of tokens; of pads, if PADS, the row at ``pad_ptr``; zeros for the others. INDEX holds an
+    offset within a sample.
+    """
+    row_ptr = ptr + token.to(INDEX) * stride
     mask = (token >= 0)[:, None]
     if PADS:
         row_ptr = tl.where(token >= 0, row_ptr, pad_ptr + tl.zeros_like(token))
@@ -36,11 +39,13 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(ptr, values, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_rows(
+    ptr, values, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
     mask = (token >= 0)[:, None]
     if DIM < BLOCK_D:
         mask = mask & (offs_d < DIM)[None, :]
-    row_ptr = ptr + token.to(tl.int64) * stride
+    row_ptr = ptr + token.to(INDEX) * stride
     tl.store(row_ptr[:, None] + offs_d[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 

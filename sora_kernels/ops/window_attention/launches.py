@@ -41,9 +41,12 @@ DELTA, DQ = "_window_attention_delta_kernel", "_window_attention_dq_kernel"
 DKV, DBIAS = "_window_attention_dkv_kernel", "_window_attention_dbias_kernel"
 DTABLE = "_window_attention_dtable_kernel"
 
+_DELTA_CONSTANTS = ("DIM", "BLOCK_D", "ACC", "INDEX", "BLOCK_M", "num_warps")
 DIMS = (16, 128)
 LEAST_SCALE = 1e-6  # below, a hidden score could be seen
 FILL = 1056  # programs: two waves of four on a large GPU
+WIDEST_TILE = 128  # slots: what windows are padded to, so that tiles of all kernels divide it
+WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets within a sample are int64; the rest is room for a tile
 DENSE_BYTES = 1 << 30  # of a dense bias; a larger one is gathered from the table
 
 
@@ -103,8 +106,8 @@ def plan_step(kernel: str, key: Key) -> Step:
             (("head_dim", dim), ("itemsize", key.dtype.itemsize), ("tokens", N)),
         )
     )  # fmt: skip
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    multiple, who = max(block_m, block_n), (plan, options.pads_take_part, options.causal_t)
+    block_m, block_n = config["BLOCK_M"], config.get("BLOCK_N", 1)
+    multiple, who = WIDEST_TILE, (plan, options.pads_take_part, options.causal_t)
     found = slots_of.slots(*who, multiple, key.device)
     kinds = slots_of.kinds(*who)
     dense = 4 * heads * found.padded**2 <= DENSE_BYTES
@@ -132,7 +135,8 @@ def plan_step(kernel: str, key: Key) -> Step:
         sizes.append(share)
         programs = tiles * triton.cdiv(pairs, share)
     else:
-        programs = pairs * heads * (tiles_n if kernel == DKV else tiles_m)
+        tiles = {DKV: tiles_n, DELTA: found.padded // block_m}.get(kernel, tiles_m)
+        programs = pairs * heads * tiles
         if kernel == DKV:
             sizes.append(plan.pads)
     constants = {
@@ -140,12 +144,18 @@ def plan_step(kernel: str, key: Key) -> Step:
         "MASK": mask, "CAUSAL": options.causal_t, "CLASSES": pair.ask.shape[2] if pair else 0,
         "BIAS": "" if bias is None else "dense" if dense else "gather",
         "THRESHOLD": int(options.dropout_p * 2**32) if key.dropout else 0, "SCALE": options.scale,
-        "ACC": tl.float64 if key.dtype == torch.float64 else tl.float32, "PRECISION": key.precision, **config,
+        "ACC": tl.float64 if key.dtype == torch.float64 else tl.float32,
+        "INDEX": tl.int64 if is_wide(max(L, plan.pads), key.strides[1], width) else tl.int32, "PRECISION": key.precision, **config,
     }  # fmt: skip
     slots = (
         found.token, found.kind, found.code if mask == "code" else None, *(pair or (None, None)),
     )  # fmt: skip
     return Step(programs, slots, bounds, bias, tuple(sizes), constants)
+
+
+def is_wide(tokens: int, stride: int, width: int) -> bool:
+    """Whether an offset within a sample of qkv or of its gradient passes int32."""
+    return tokens * max(stride, width) >= WIDEST
 
 
 def block_d(dim: int) -> int:
@@ -281,14 +291,13 @@ def backward(
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
-    dim = C // heads
-    config = _tuning.config(OP, DELTA, key.arch, (("head_dim", dim),))
-    grid = (triton.cdiv(L, config["BLOCK_L"]) * heads * B,)
-    acc = tl.float64 if state == torch.float64 else tl.float32
-    _window_attention_delta_kernel[grid](
-        out, dout, delta, L, heads, DIM=dim, BLOCK_D=block_d(dim), ACC=acc, **config
-    )
+    step = plan_step(DELTA, key)
+    pairs, NP = step.sizes[5], step.sizes[7]
+    sums = lse.new_empty(pairs, heads, 2, NP)
+    _window_attention_delta_kernel[(step.programs,)](
+        step.slots[0], out, dout, lse, sums, L, step.sizes[3], heads, NP,
+        **{k: v for k, v in step.constants.items() if k in _DELTA_CONSTANTS},
+    )  # fmt: skip
     dqkv = dtable = dpad = None
     if needs[0] or (needs[2] and pad_kv is not None):
         dqkv = torch.empty(B, T, H, W, width, dtype=qkv.dtype, device=qkv.device)
@@ -298,7 +307,7 @@ def backward(
             lost = qkv.new_empty(B, step.sizes[-1], 2, C, dtype=state)
         bias, places = _bias(step, table, key)
         _window_attention_dkv_kernel[(step.programs,)](
-            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, lse, delta, dqkv, lost,
+            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, sums, dqkv, lost,
             *step.sizes, **step.constants,
         )  # fmt: skip
         if needs[2] and given_pad is not None:
@@ -308,27 +317,27 @@ def backward(
         step = plan_step(DQ, key)
         bias, places = shared = _bias(step, table, key)
         _window_attention_dq_kernel[(step.programs,)](
-            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, lse, delta, dqkv,
+            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, sums, dqkv,
             *step.sizes, **step.constants,
         )  # fmt: skip
     if needs[1] and table is not None and given_table is not None:
         dtable = torch.empty_like(table, dtype=given_table.dtype)
-        _dtable(qkv, table, pad_kv, seed, dout, lse, delta, dtable, key)
+        _dtable(qkv, table, pad_kv, seed, dout, sums, dtable, key)
     return dqkv if needs[0] else None, dtable, dpad
 
 
 def _dtable(
-    qkv: Tensor, table: Tensor, pad_kv: Tensor | None, seed: Tensor | None, dout: Tensor, lse: Tensor,
-    delta: Tensor, dtable: Tensor, key: Key,
+    qkv: Tensor, table: Tensor, pad_kv: Tensor | None, seed: Tensor | None, dout: Tensor, sums: Tensor,
+    dtable: Tensor, key: Key,
 ) -> None:  # fmt: skip
     step = plan_step(DBIAS, key)
     assert step.bias is not None
     bias, places = _bias(step, table, key)
     pairs, N, NP, share = *step.sizes[5:8], step.sizes[-1]
     splits, heads = triton.cdiv(pairs, share), key.options.num_heads
-    part = lse.new_empty(splits, heads, NP, NP)
+    part = sums.new_empty(splits, heads, NP, NP)
     _window_attention_dbias_kernel[(step.programs,)](
-        qkv, pad_kv, *step.slots, bias, places, seed, dout, lse, delta, part, *step.sizes, **step.constants
+        qkv, pad_kv, *step.slots, bias, places, seed, dout, sums, part, *step.sizes, **step.constants
     )
     found = step.bias.places
     config = _tuning.config(OP, DTABLE, key.arch, ())
