@@ -21,17 +21,19 @@ pytestmark = pytest.mark.skipif(
 
 
 class Model(nn.Module):
-    """A convolution block and a recurrence of each kind."""
+    """A convolution block, windowed attention and a recurrence of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.block = sk.nn.ConvBNAct3d(3, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.attention = sk.nn.ShiftedWindowAttention3d(8, (2, 3, 3), (1, 1, 1), 2)
         self.lstm = sk.nn.LSTM(8, 6, batch_first=True)
         self.gru = sk.nn.GRU(6, 5, batch_first=True, bidirectional=True)
         self.rnn = sk.nn.RNN(10, 4, batch_first=True)
 
     def forward(self, clip):
-        features = self.block(clip).mean((3, 4)).transpose(1, 2)
+        tokens = self.attention(self.block(clip).movedim(1, -1))
+        features = tokens.mean((2, 3))
         return self.rnn(self.gru(self.lstm(features)[0])[0])[0][:, -1]
 
 
