@@ -19,6 +19,7 @@ from .kernels import (
     _kept,
     _load_pair,
     _load_rows,
+    _operand,
     _seen,
     _store_rows,
     dot,
@@ -143,7 +144,7 @@ def _window_attention_dq_kernel(
         if THRESHOLD:
             dp *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
         ds = p * (dp - delta[:, None])
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(_operand(ds, k), k, dq, PRECISION)
     dqkv_ptr += b * L * 3 * C + head * DIM
     _store_rows(dqkv_ptr, dq * SCALE, token_q, 3 * C, offs_d, DIM, BLOCK_D, INDEX)
 
@@ -228,12 +229,12 @@ def _window_attention_dkv_kernel(
         if THRESHOLD:
             row = (b * L + token_q) * heads + head
             kept = _kept(seed, row[None, :], offs_n[:, None], THRESHOLD, ACC)
-            dv = dot((p * kept).to(do.dtype), do, dv, PRECISION)
+            dv = dot(_operand(p * kept, do), do, dv, PRECISION)
             dp *= kept
         else:
-            dv = dot(p.to(do.dtype), do, dv, PRECISION)
+            dv = dot(_operand(p, do), do, dv, PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        dk = dot(_operand(ds, q), q, dk, PRECISION)
     dk *= SCALE
     dk_ptr = dqkv_ptr + b * L * 3 * C + C + head * DIM
     _store_rows(dk_ptr, dk, token_k, 3 * C, offs_d, DIM, BLOCK_D, INDEX)

@@ -13,6 +13,7 @@ from .kernels import (
     _kept,
     _load_pair,
     _load_rows,
+    _operand,
     _seen,
     _store_rows,
     dot,
@@ -104,7 +105,7 @@ def _window_attention_fwd_kernel(
         l = l * shrunk + tl.sum(p, 1)  # noqa: E741
         if THRESHOLD:
             p *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
-        acc = dot(p.to(v.dtype), v, acc * shrunk[:, None], PRECISION)
+        acc = dot(_operand(p, v), v, acc * shrunk[:, None], PRECISION)
         m = highest
     out_ptr += (b * L * heads + head) * DIM
     _store_rows(out_ptr, acc / l[:, None], token_q, C, offs_d, DIM, BLOCK_D, INDEX)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dot import dot
+from ..common.dot import INTERPRETING, dot
 from .slots import NOBODY as _NOBODY
 
 NOBODY = tl.constexpr(_NOBODY)
@@ -47,6 +47,15 @@ def _store_rows(
         mask = mask & (offs_d < DIM)[None, :]
     row_ptr = ptr + token.to(INDEX) * stride
     tl.store(row_ptr[:, None] + offs_d[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _operand(x, like):
+    """x in the dtype of the matrix that it is multiplied with. The interpreter would cut its digits off, not round."""
+    if INTERPRETING:
+        return x
+    else:
+        return x.to(like.dtype)
 
 
 @triton.jit

@@ -33,15 +33,18 @@ from .bwd_kernels import (
 )
 from .fwd_kernels import _window_attention_fwd_kernel
 from .options import Options
+from .small_kernels import _window_attention_bwd_kernel
 
 OP = "window_attention"
 SHAPES = "window_attention3d"  # in benchmarks/shapes.yaml
 FORWARD = "_window_attention_fwd_kernel"
 DELTA, DQ = "_window_attention_delta_kernel", "_window_attention_dq_kernel"
 DKV, DBIAS = "_window_attention_dkv_kernel", "_window_attention_dbias_kernel"
+SMALL = "_window_attention_bwd_kernel"
 DTABLE = "_window_attention_dtable_kernel"
 
 _DELTA_CONSTANTS = ("DIM", "BLOCK_D", "ACC", "INDEX", "BLOCK_M", "num_warps")
+ONE_TILE = 64  # tokens of a window whose backward is one kernel
 DIMS = (16, 128)
 LEAST_SCALE = 1e-6  # below, a hidden score could be seen
 FILL = 1056  # programs: two waves of four on a large GPU
@@ -106,6 +109,8 @@ def plan_step(kernel: str, key: Key) -> Step:
             (("head_dim", dim), ("itemsize", key.dtype.itemsize), ("tokens", N)),
         )
     )  # fmt: skip
+    if kernel == SMALL:
+        config["BLOCK_M"] = config["BLOCK_N"] = max(16, triton.next_power_of_2(N))
     block_m, block_n = config["BLOCK_M"], config.get("BLOCK_N", 1)
     multiple, who = WIDEST_TILE, (plan, options.pads_take_part, options.causal_t)
     found = slots_of.slots(*who, multiple, key.device)
@@ -123,13 +128,15 @@ def plan_step(kernel: str, key: Key) -> Step:
         tile = (block_n, block_m) if keys_first else (block_m, block_n)
         bias = Bias(dense, *tile, keys_first, places)
     bounds = None
-    if kernel != DBIAS:
+    if kernel not in (DBIAS, SMALL):
         bounds = slots_of.bounds(*who, block_m, block_n, kernel == DKV, key.device)
     pairs = B * plan.windows
     tiles_m, tiles_n = triton.cdiv(N, block_m), triton.cdiv(N, block_n)
     rows, middle = (places.rows, places.middle) if places else (0, 0)
     sizes = [*key.strides, L, plan.windows, heads, pairs, N, found.padded, found.span, rows, middle]
-    if kernel == DBIAS:
+    if kernel in (DKV, SMALL):
+        sizes.append(plan.pads)
+    if kernel in (DBIAS, SMALL):
         tiles = heads * tiles_m * tiles_n
         share = triton.cdiv(pairs, min(pairs, triton.cdiv(FILL, tiles)))
         sizes.append(share)
@@ -137,8 +144,6 @@ def plan_step(kernel: str, key: Key) -> Step:
     else:
         tiles = {DKV: tiles_n, DELTA: found.padded // block_m}.get(kernel, tiles_m)
         programs = pairs * heads * tiles
-        if kernel == DKV:
-            sizes.append(plan.pads)
     constants = {
         "DIM": dim, "BLOCK_D": block_d(dim), "PADS": key.pads and options.pads_take_part and plan.pads > 0,
         "MASK": mask, "CAUSAL": options.causal_t, "CLASSES": pair.ask.shape[2] if pair else 0,
@@ -291,61 +296,115 @@ def backward(
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    step = plan_step(DELTA, key)
-    pairs, NP = step.sizes[5], step.sizes[7]
-    sums = lse.new_empty(pairs, heads, 2, NP)
-    _window_attention_delta_kernel[(step.programs,)](
-        step.slots[0], out, dout, lse, sums, L, step.sizes[3], heads, NP,
-        **{k: v for k, v in step.constants.items() if k in _DELTA_CONSTANTS},
+    dqkv = torch.empty(B, T, H, W, width, dtype=qkv.dtype, device=qkv.device)
+    found = _Gradients(
+        qkv, table, pad_kv, seed, out, dout, lse, dqkv, bool(needs[0]), bool(needs[1] and table is not None),
+        bool(needs[2] and pad_kv is not None), key,
     )  # fmt: skip
-    dqkv = dtable = dpad = None
-    if needs[0] or (needs[2] and pad_kv is not None):
-        dqkv = torch.empty(B, T, H, W, width, dtype=qkv.dtype, device=qkv.device)
-        step = plan_step(DKV, key)
-        lost = None
-        if needs[2] and step.constants["PADS"]:
-            lost = qkv.new_empty(B, step.sizes[-1], 2, C, dtype=state)
-        bias, places = _bias(step, table, key)
-        _window_attention_dkv_kernel[(step.programs,)](
-            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, sums, dqkv, lost,
-            *step.sizes, **step.constants,
-        )  # fmt: skip
-        if needs[2] and given_pad is not None:
-            dpad = torch.zeros_like(given_pad) if lost is None else lost.sum((0, 1)).to(given_pad)
-    shared = None
-    if needs[0]:
-        step = plan_step(DQ, key)
-        bias, places = shared = _bias(step, table, key)
-        _window_attention_dq_kernel[(step.programs,)](
-            qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, dout, sums, dqkv,
-            *step.sizes, **step.constants,
-        )  # fmt: skip
-    if needs[1] and table is not None and given_table is not None:
-        dtable = torch.empty_like(table, dtype=given_table.dtype)
-        _dtable(qkv, table, pad_kv, seed, dout, sums, dtable, key)
+    one_tile = options.plan((T, H, W)).tokens <= ONE_TILE
+    lost, dtable = _backward_small(found) if one_tile else _backward_tiled(found)
+    dpad = None
+    if found.needs_pad:
+        assert given_pad is not None
+        dpad = torch.zeros_like(given_pad) if lost is None else lost.sum((0, 1)).to(given_pad)
+    if dtable is not None and given_table is not None:
+        dtable = dtable.to(given_table.dtype)
     return dqkv if needs[0] else None, dtable, dpad
 
 
-def _dtable(
-    qkv: Tensor, table: Tensor, pad_kv: Tensor | None, seed: Tensor | None, dout: Tensor, sums: Tensor,
-    dtable: Tensor, key: Key,
-) -> None:  # fmt: skip
-    step = plan_step(DBIAS, key)
-    assert step.bias is not None
-    bias, places = _bias(step, table, key)
-    pairs, N, NP, share = *step.sizes[5:8], step.sizes[-1]
-    splits, heads = triton.cdiv(pairs, share), key.options.num_heads
-    part = sums.new_empty(splits, heads, NP, NP)
-    _window_attention_dbias_kernel[(step.programs,)](
-        qkv, pad_kv, *step.slots, bias, places, seed, dout, sums, part, *step.sizes, **step.constants
-    )
-    found = step.bias.places
-    config = _tuning.config(OP, DTABLE, key.arch, ())
+class _Gradients(NamedTuple):
+    """A backward call: tensors as kernels read them."""
+
+    qkv: Tensor
+    table: Tensor | None
+    pad_kv: Tensor | None
+    seed: Tensor | None
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    dqkv: Tensor
+    needs_qkv: bool
+    needs_table: bool
+    needs_pad: bool
+    key: Key
+
+    def lost(self, step: Step, pads: int) -> Tensor | None:
+        """Room for the gradients of pads ``[B, pads, 2, C]``."""
+        if not (self.needs_pad and step.constants["PADS"]):
+            return None
+        return self.lse.new_empty(self.qkv.shape[0], pads, 2, self.out.shape[-1])
+
+
+def _backward_small(g: _Gradients) -> tuple[Tensor | None, Tensor | None]:
+    """Fills ``g.dqkv``; the gradients of pads and of the table."""
+    step = plan_step(SMALL, g.key)
+    pads, share = step.sizes[-2:]
+    lost, part = g.lost(step, pads), None
+    if g.needs_table:
+        part = _room(g, step, share)
+    bias, places = _bias(step, g.table, g.key)
+    _window_attention_bwd_kernel[(step.programs,)](
+        g.qkv, g.pad_kv, *step.slots, bias, places, g.seed, g.out, g.dout, g.lse, g.dqkv, lost, part,
+        *step.sizes, **step.constants,
+    )  # fmt: skip
+    return lost, None if part is None else _dtable(g, step, part)
+
+
+def _backward_tiled(g: _Gradients) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`_backward_small`."""
+    step = plan_step(DELTA, g.key)
+    L, windows, heads, pairs, NP = (step.sizes[n] for n in (2, 3, 4, 5, 7))
+    sums = g.lse.new_empty(pairs, heads, 2, NP)
+    _window_attention_delta_kernel[(step.programs,)](
+        step.slots[0], g.out, g.dout, g.lse, sums, L, windows, heads, NP,
+        **{name: value for name, value in step.constants.items() if name in _DELTA_CONSTANTS},
+    )  # fmt: skip
+    lost = dtable = None
+    if g.needs_qkv or g.needs_pad:
+        step = plan_step(DKV, g.key)
+        lost = g.lost(step, step.sizes[-1])
+        bias, places = _bias(step, g.table, g.key)
+        _window_attention_dkv_kernel[(step.programs,)](
+            g.qkv, g.pad_kv, *step.slots, step.bounds, bias, places, g.seed, g.dout, sums, g.dqkv, lost,
+            *step.sizes, **step.constants,
+        )  # fmt: skip
+    if g.needs_qkv:
+        step = plan_step(DQ, g.key)
+        bias, places = _bias(step, g.table, g.key)
+        _window_attention_dq_kernel[(step.programs,)](
+            g.qkv, g.pad_kv, *step.slots, step.bounds, bias, places, g.seed, g.dout, sums, g.dqkv,
+            *step.sizes, **step.constants,
+        )  # fmt: skip
+    if g.needs_table:
+        step = plan_step(DBIAS, g.key)
+        part = _room(g, step, step.sizes[-1])
+        bias, places = _bias(step, g.table, g.key)
+        _window_attention_dbias_kernel[(step.programs,)](
+            g.qkv, g.pad_kv, *step.slots, bias, places, g.seed, g.dout, sums, part, *step.sizes, **step.constants
+        )
+        dtable = _dtable(g, step, part)
+    return lost, dtable
+
+
+def _room(g: _Gradients, step: Step, share: int) -> Tensor:
+    """For the bias' gradient, a part for every share of the windows ``[splits, heads, NP, NP]``."""
+    heads, pairs, _, NP = step.sizes[4:8]
+    return g.lse.new_empty(triton.cdiv(pairs, share), heads, NP, NP)
+
+
+def _dtable(g: _Gradients, step: Step, part: Tensor) -> Tensor:
+    """From parts of the bias' gradient."""
+    assert step.bias is not None and g.table is not None
+    found, N = step.bias.places, step.sizes[6]
+    splits, heads, NP, _ = part.shape
+    dtable = torch.empty_like(g.table, memory_format=torch.contiguous_format)
+    config = _tuning.config(OP, DTABLE, g.key.arch, ())
     grid = (triton.cdiv(found.rows, config["BLOCK_T"]), heads)
     _window_attention_dtable_kernel[grid](
         part, found.code, found.slot, dtable, heads, N, NP, splits, found.rows, found.middle, found.slot.numel(),
         ACC=step.constants["ACC"], **config,
     )  # fmt: skip
+    return dtable
 
 
 @functools.lru_cache(maxsize=16)
