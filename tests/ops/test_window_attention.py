@@ -290,6 +290,29 @@ def test_many_windows_at_once_and_a_part_of_them(monkeypatch):
             assert_close(ours[key], want[key], "transform_fp64", name=key)
 
 
+def test_the_road_through_a_fused_attention_and_its_backward(monkeypatch):
+    """As on CUDA, without a bias; here the CPU's fused attention stands in for it."""
+    from sora_kernels.ops.window_attention import stock
+
+    aten = torch.ops.aten
+
+    def backward(do, q, k, v, out, lse, none, also_none, n, m, p, causal, seed, offset, *, scale):
+        assert none is also_none is None and n == m == q.shape[2]
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, out, lse, p, causal, scale=scale
+        )
+
+    fused = lambda q, k, v, scale: stock._flash_cpu(q, k, v, 0.0, False, scale=scale)  # noqa: E731
+    call = case(size=(4, 5, 6), window=(2, 4, 4), shift=(1, 2, 2), bias=False, dtype=torch.float64)
+    want = call.run(backend="reference")
+    monkeypatch.setattr(stock, "flash_can_run", lambda q: True)
+    monkeypatch.setattr(stock, "_flash_cuda", fused)
+    monkeypatch.setattr(stock, "_flash_cuda_backward", backward)
+    ours = call.run(backend="torch")
+    for key in want:
+        assert_close(ours[key], want[key], "transform_fp64", name=key)
+
+
 def test_gradcheck(backend):
     for name in ("shifted, padded", "ragged", "clipped"):
         call = case(**{**CASES[name], "size": (2, 3, 5), "dim": 2, "batch": 1}, dtype=torch.float64)

@@ -95,10 +95,29 @@ def test_captures_into_a_cuda_graph_without_synchronising(name):
     assert torch.equal(out, call())
 
 
-def test_full_attention_without_a_bias_goes_to_sdpa():
-    qkv = torch.randn(1, 4, 8, 8, 3 * 64, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_full_attention_without_a_bias_goes_to_sdpa(dtype):
+    qkv = torch.randn(2, 4, 8, 8, 3 * 64, device="cuda", dtype=dtype)
     assert sk.explain("window_attention3d", qkv, 2, (4, 8, 8)).chosen == "torch"
     assert sk.explain("window_attention3d", qkv, 2, (4, 4, 8)).chosen == "triton"
+    leaf = qkv.clone().requires_grad_()
+    by_sdpa = (
+        dtype != torch.float32
+    )  # its gradients are those of the fused kernels in 16 bits alone
+    assert (sk.explain("window_attention3d", leaf, 2, (4, 8, 8)).chosen == "torch") == by_sdpa
+
+    def ours(qkv: Tensor) -> Tensor:
+        return sk.window_attention3d(qkv, 2, (4, 8, 8))
+
+    def plain(qkv: Tensor) -> Tensor:
+        options = facts_of_call(qkv, 2, (4, 8, 8)).options
+        return reference.window_attention3d(qkv, None, None, None, options)
+
+    given = {"qkv": qkv}
+    found, other = run(ours, given), run(plain, given)
+    truth = run(plain, {"qkv": qkv.double()})
+    for key in truth:
+        assert_within_2x(found[key], other[key], truth[key], name=key, storage=dtype)
 
 
 def test_no_scores_are_stored():

@@ -47,9 +47,15 @@ def _triton_can_run(facts: Facts) -> Verdict:
 
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md says why."""
-    if facts.device.type == "cuda" and not facts.full and facts.head_dim >= HEAD_DIMS[0]:
+    if facts.device.type == "cuda" and not _by_sdpa(facts):
         return ("triton", "torch", "reference")
     return ("torch", "triton", "reference")
+
+
+def _by_sdpa(facts: Facts) -> bool:
+    """On CUDA: whether torch's fused attention takes the call, with gradients too."""
+    fused = facts.dtype in (torch.float16, torch.bfloat16) and facts.head_dim % 8 == 0
+    return facts.full and (fused or not facts.grad)
 
 
 def _floor_bytes(facts: Facts) -> int:
@@ -85,7 +91,12 @@ OPERATOR = Operator(
             config=lambda facts: _launches.describe(facts),
             floor_bytes=_floor_bytes,
         ),
-        Backend("torch", lambda facts: YES, stock, floor_bytes=_floor_bytes),
+        Backend(
+            "torch",
+            lambda facts: YES,
+            stock,
+            floor_bytes=_floor_bytes,
+        ),
         Backend("reference", lambda facts: YES, definition),
     ],
     prefer=_prefer,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import Size3, WindowPlan
+from .geometry import Ints, Size3, WindowPlan
 from .position import codes
 
 # What a piece of its own costs the host, in scores that are computed meanwhile.
@@ -30,6 +30,7 @@ class Piece(NamedTuple):
         mask: fp32 ``[boxes or 1, 1, n, n]``, 0 or ``MASKED``, to be added to the scores; None without.
         code, middle: int64 ``[n]``: a pair's row in the bias table is ``code[i] - code[j] + middle``.
         kept_rows: int64 ``[n * n]``: those rows; None where there are too many to keep.
+        host_pads: pads again, where the host reads them.
     """
 
     boxes: int
@@ -42,6 +43,7 @@ class Piece(NamedTuple):
     code: Tensor
     middle: int
     kept_rows: Tensor | None
+    host_pads: Ints
 
     def rows(self) -> Tensor:
         """Of the bias table, for each pair of slots: int64 ``[n * n]``."""
@@ -54,8 +56,9 @@ class Piece(NamedTuple):
         low, high = first * self.n, end * self.n
         pads, real = self.pads, self.real
         if pads is not None and real is not None:
-            pads = pads[(pads >= low) & (pads < high)] - low
-            real = real[(real >= low) & (real < high)] - low
+            before, within = np.searchsorted(self.host_pads, (low, high)).tolist()
+            pads = pads[before:within] - low
+            real = real[low - before : high - within] - low
         return self._replace(boxes=end - first, tokens=self.tokens[low:high], pads=pads, real=real)
 
     @property
@@ -95,14 +98,17 @@ def pieces(
             seen = past if seen is None else seen & past
         flat = token.reshape(-1)
         pads = real = mask = None
-        if flat.min() < 0:
-            pads, real = tensor(np.flatnonzero(flat < 0)), tensor(np.flatnonzero(flat >= 0))
+        host_pads = np.flatnonzero(flat < 0)
+        if len(host_pads):
+            pads, real = tensor(host_pads), tensor(np.flatnonzero(flat >= 0))
         if seen is not None:
             mask = tensor(np.where(seen, np.float32(0), np.float32(MASKED))[:, None])
         own = tensor(code[slots])
         index = _rows(own, middle) if n * n <= _KEPT else None
         tokens = tensor(np.maximum(flat, 0))
-        return Piece(boxes, n, tensor(slots), tokens, pads, real, mask, own, middle, index)
+        return Piece(
+            boxes, n, tensor(slots), tokens, pads, real, mask, own, middle, index, host_pads
+        )
 
     with torch.inference_mode(False):  # they outlive this call
         return [piece(*p) for p in given]

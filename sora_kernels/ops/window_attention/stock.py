@@ -18,7 +18,10 @@ from .options import Options
 from .pieces import Piece, pieces
 from .reference import kept
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_aten = torch.ops.aten
+_flash_cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_cuda = _aten._scaled_dot_product_flash_attention.default
+_flash_cuda_backward = _aten._scaled_dot_product_flash_attention_backward.default
 # Scores of a head that backward holds at once: they are walked some eight times, from the cache.
 _STEP = 1 << 19
 # Scores in all up to which one call for all heads is quicker than a call for each.
@@ -65,7 +68,9 @@ def forward(
         if seed is not None:
             found, sums = _attend(q, k, v, bias, _kept(piece, s, seed, options.dropout_p), options)
         elif qkv.is_cpu:
-            found, sums = _flash(q, k, v, 0.0, False, attn_mask=bias, scale=options.scale)
+            found, sums = _flash_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=options.scale)
+        elif keep and bias is None and flash_can_run(q):
+            found, sums, *_ = _flash_cuda(q, k, v, scale=options.scale)
         elif keep:
             found, sums = _attend(q, k, v, bias, None, options)
         else:
@@ -82,6 +87,23 @@ def forward(
                 sums = sums.index_select(2, piece.real)
             lse.index_copy_(2, tokens, sums)
     return out.view(*qkv.shape[:-1], -1), lse
+
+
+def flash_can_run(q: Tensor) -> bool:
+    """On CUDA, without a bias, in both directions."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+
+
+def _flash_backward(given: Tensor, do: Tensor, out: Tensor, sums: Tensor, scale: float) -> Tensor:
+    """The gradient of a piece's rows, as ``given`` ``[m, n, 3, heads, dim]``; sums are ``[m, n, heads, 1]``."""
+    q, k, v = given.transpose(1, 3).unbind(2)
+    n, seed = given.shape[1], torch.empty(2, dtype=torch.uint64, device=given.device)
+    lse = sums.squeeze(-1).transpose(1, 2).contiguous()
+    found = _flash_cuda_backward(
+        do.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, None, None, n, n, 0.0, False, seed, seed,
+        scale=scale,
+    )  # fmt: skip
+    return torch.stack(found, 2).transpose(1, 3)
 
 
 def _bias_dtype(qkv: Tensor) -> torch.dtype:
@@ -162,7 +184,7 @@ def backward(
         at_once = max(1, _STEP // (s.B * piece.n**2))
         for first in range(0, piece.boxes, at_once):
             part = piece.part(first, min(first + at_once, piece.boxes))
-            given = _gather(flat, pad_kv, part, s).to(state)
+            given = _gather(flat, pad_kv, part, s)
             do, minus, own_sums = (
                 x.index_select(1, part.tokens).view(s.B * part.boxes, part.n, s.heads, -1)
                 for x in (dflat, delta, sums)
@@ -170,11 +192,24 @@ def backward(
             if part.pads is not None:  # nobody's gradient depends on what a pad sees
                 do.view(s.B, -1, s.heads * s.dim)[:, part.pads] = 0
                 own_sums.view(s.B, -1, s.heads)[:, part.pads] = torch.inf
-            own = bias if bias is None or bias.shape[0] == 1 else bias[first : first + part.boxes]
-            factor = None if seed is None else _kept(part, s, seed, options.dropout_p)
-            found = _gradients(
-                given, do.to(state), own, own_sums, minus, factor, dbias, options.scale
-            )
+            if bias is None and seed is None and flash_can_run(given):
+                own_out = out.reshape(dflat.shape).index_select(1, part.tokens).view(do.shape)
+                found = _flash_backward(given, do, own_out, own_sums, options.scale)
+            else:
+                own = bias
+                if bias is not None and bias.shape[0] > 1:
+                    own = bias[first : first + part.boxes]
+                factor = None if seed is None else _kept(part, s, seed, options.dropout_p)
+                found = _gradients(
+                    given.to(state),
+                    do.to(state),
+                    own,
+                    own_sums,
+                    minus,
+                    factor,
+                    dbias,
+                    options.scale,
+                )
             found = found.reshape(s.B, part.boxes * part.n, -1)
             if part.pads is not None and part.real is not None:
                 if dpad is not None:
