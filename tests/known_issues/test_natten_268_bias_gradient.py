@@ -1,5 +1,5 @@
-"""NATTEN issue 268: relative position bias left NATTEN in 0.20, for want of a fused backward pass. Ours has one, and its
-gradient is autograd's of the definition, and repeats bit for bit.
+"""NATTEN issue 268: relative position bias left NATTEN in 0.20, for want of a fused backward pass. Ours has one;
+its gradient is autograd's of the definition, and repeats bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``neighborhood_attention3d``: the definition against loops, backend "torch" against it, and all that surrounds an op."""
+"""``neighborhood_attention3d``: the definition against loops, backend "torch" against it, what surrounds an op."""
 
 from __future__ import annotations
 
@@ -60,9 +60,12 @@ def attend(tensors: Any, case: str, backend: str | None = None) -> Tensor:
 
 
 def run(tensors: Any, case: str, backend: str | None = None) -> dict[str, Tensor]:
-    """Output and gradients by name, for a fixed output gradient."""
+    """Output and gradients by name, for a fixed output gradient; "definition" is the reference by autograd."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    out = attend(leaves, case, backend)
+    if backend == "definition":
+        out = reference.neighborhood_attention3d(*leaves, options_of(case))
+    else:
+        out = attend(leaves, case, backend)
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(out.shape, generator=generator).to(out.dtype)
     names = [n for n, t in zip(("dq", "dk", "dv", "dtable"), leaves, strict=True) if t is not None]
@@ -103,7 +106,7 @@ def by_loops(tensors: Any, case: str) -> Tensor:
         ]
         keys = list(itertools.product(*axes))
         t, h, w = (torch.tensor(x) for x in zip(*keys, strict=True))
-        scores = torch.einsum("bnd,bknd->bnk", q[:, *query], k[:, t, h, w]) * o.scale
+        scores = torch.einsum("bnd,bknd->bnk", q[(slice(None), *query)], k[:, t, h, w]) * o.scale
         if table is not None:
             rows = []
             for key in keys:
@@ -112,7 +115,9 @@ def by_loops(tensors: Any, case: str) -> Tensor:
                     row = row * (2 * n - 1) + (a - b) // d + n - 1
                 rows.append(row)
             scores = scores + table[torch.tensor(rows)].t()
-        out[:, *query] = torch.einsum("bnk,bknd->bnd", scores.softmax(-1), v[:, t, h, w])
+        out[(slice(None), *query)] = torch.einsum(
+            "bnk,bknd->bnd", scores.softmax(-1), v[:, t, h, w]
+        )
     return out
 
 
@@ -151,11 +156,12 @@ def test_as_full_attention():
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("case", CASES)
-def test_torch_is_within_2x(case, bias):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_within_2x(backend, case, bias):
     tensors = inputs(case, bias=bias)
     with poisoned():
-        ours = run(tensors, case, "torch")
-    plain, truth = run(tensors, case, "reference"), run(doubled(tensors), case, "reference")
+        ours = run(tensors, case, backend)
+    plain, truth = (run(x, case, "definition") for x in (tensors, doubled(tensors)))
     assert ours.keys() == truth.keys()
     for name in truth:
         assert_within_2x(ours[name], plain[name], truth[name], name=name)
@@ -164,8 +170,8 @@ def test_torch_is_within_2x(case, bias):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     tensors = inputs("odd sizes", dtype=dtype)
-    ours, plain = (run(tensors, "odd sizes", b) for b in ("torch", "reference"))
-    truth = run(doubled(tensors), "odd sizes", "reference")
+    ours, plain = (run(tensors, "odd sizes", b) for b in ("torch", "definition"))
+    truth = run(doubled(tensors), "odd sizes", "definition")
     for name in truth:
         assert ours[name].dtype == plain[name].dtype
         assert_within_2x(ours[name], plain[name], truth[name], name=name, storage=dtype)
@@ -176,11 +182,32 @@ def test_steps_of_the_torch_backend_do_not_show(monkeypatch, steps):
     from sora_kernels.ops.neighborhood_attention import stock
 
     tensors = inputs("strided", heads=6, dtype=torch.float64)
-    want = run(tensors, "strided", "reference")
+    want = run(tensors, "strided", "definition")
     monkeypatch.setattr(stock, "_STEP", steps)
     monkeypatch.setattr(stock, "_COPIED", steps)
     for name, found in run(tensors, "strided", "torch").items():
         assert_close(found, want[name], "transform_fp64", name=name)
+
+
+def test_full_attention_as_on_a_gpu(monkeypatch):
+    """By SDPA whole, both ways, eager and below the dispatcher."""
+    from sora_kernels.ops.neighborhood_attention import stock
+
+    case = "larger than the map"
+    tensors = inputs(case, bias=False, dtype=torch.float64)
+    want = run(tensors, case, "definition")
+    monkeypatch.setattr(stock, "_whole", lambda q, table, options: table is None)
+    ours = run(tensors, case, "torch")
+    flags = [*map(list, options_of(case)[:3]), False, 0.5]
+    ops = torch.ops.sora_kernels
+    out, lse = ops.neighborhood_attention3d_fwd(*tensors, *flags, "torch")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    given = (dout, *tensors, out, lse, *flags, [True, True, True, False], "torch")
+    dq, dk, dv, _ = ops.neighborhood_attention3d_bwd(*given)
+    raw = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    for name in want:
+        assert_close(ours[name], want[name], "transform_fp64", name=name)
+        assert_close(raw[name], want[name], "transform_fp64", name=name)
 
 
 @pytest.mark.parametrize("size", [(5, 11, 9), (1, 1, 13)])
@@ -200,9 +227,7 @@ def test_gradcheck(backend):
     tensors = inputs("causal", batch=1, heads=1, dim=2, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
     call = lambda *args: attend(args, "causal", backend)  # noqa: E731
-    assert torch.autograd.gradcheck(
-        call, leaves, fast_mode=True, atol=tolerance("gradcheck_fp64")
-    )
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, atol=tolerance("gradcheck_fp64"))
     assert torch.autograd.gradgradcheck(
         call, leaves, fast_mode=True, atol=tolerance("gradcheck_fp64")
     )
@@ -310,7 +335,9 @@ def test_opcheck(backend):
     leaves = [t.clone().requires_grad_() for t in (q, k, v, table)]
     torch.library.opcheck(ops.neighborhood_attention3d.default, (*leaves, *flags, backend))
     torch.library.opcheck(ops.neighborhood_attention3d.default, (q, k, v, None, *flags, backend))
-    torch.library.opcheck(ops.neighborhood_attention3d_fwd.default, (q, k, v, table, *flags, backend))
+    torch.library.opcheck(
+        ops.neighborhood_attention3d_fwd.default, (q, k, v, table, *flags, backend)
+    )
     out, lse = ops.neighborhood_attention3d_fwd(q, k, v, table, *flags, backend)
     for needs in ([True] * 4, [False, True, False, False]):
         arguments = (torch.randn_like(out), q, k, v, table, out, lse, *flags, needs, backend)

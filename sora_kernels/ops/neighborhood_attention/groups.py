@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .geometry import Axis, Ints, Size3, Tile
@@ -30,7 +31,7 @@ class Group(NamedTuple):
         boxes: where a tile's keys lie on the map: a slice along t, h and w.
         extent: of a box.
         mask: fp32 ``[m, n]``, 0 or ``MASKED``; None where all of a box is seen.
-        index: int64 ``[m * n]``: rows of the bias table (any where not seen); None without a bias.
+        rows: int64 ``[m * n]``: of the bias table (any where not seen); None without a bias.
     """
 
     queries: Tensor
@@ -38,7 +39,7 @@ class Group(NamedTuple):
     boxes: list[tuple[slice, slice, slice]]
     extent: Size3
     mask: Tensor | None
-    index: Tensor | None
+    rows: Tensor | None
 
 
 class _Kind(NamedTuple):
@@ -47,7 +48,7 @@ class _Kind(NamedTuple):
     tiles: list[Tile]
     queries: Ints  # coordinates [tiles, m]
     keys: Ints  # [tiles, n]
-    seen: Ints  # bool [m, n]
+    seen: NDArray[np.bool_]  # [m, n]
     offset: Ints  # query - key [m, n]
 
 
@@ -70,19 +71,19 @@ def groups(size: Size3, options: Options, bias: bool, device: torch.device) -> l
                 for b in h.tiles
                 for c in w.tiles
             ]
-            seen = _pairs(t.seen, h.seen, w.seen, np.logical_and)
-            mask = index = None
+            seen = _pairs(t.seen, h.seen, w.seen, join=np.logical_and)
+            mask = rows = None
             if not seen.all():
                 mask = torch.as_tensor(
                     np.where(seen, np.float32(0), np.float32(MASKED)), device=device
                 )
             if bias:
                 offsets = zip((t, h, w), options.window, options.steps, strict=True)
-                rows = [np.clip(kind.offset, 1 - n, n - 1) * s for kind, n, s in offsets]
-                row = _pairs(*rows, np.add) + options.middle
-                index = torch.as_tensor(row.reshape(-1), device=device)
+                parts = [np.clip(kind.offset, 1 - n, n - 1) * s for kind, n, s in offsets]
+                row = _pairs(*parts, join=np.add) + options.middle
+                rows = torch.as_tensor(row.reshape(-1), device=device)
             extent = t.keys.shape[1], h.keys.shape[1], w.keys.shape[1]
-            found.append(Group(queries, keys, boxes, extent, mask, index))
+            found.append(Group(queries, keys, boxes, extent, mask, rows))
     return found
 
 
@@ -94,7 +95,7 @@ def _join(t: Ints, h: Ints, w: Ints) -> Ints:
     return total.reshape(len(t) * len(h) * len(w), -1)
 
 
-def _pairs(t: Ints, h: Ints, w: Ints, join: np.ufunc) -> Ints:
+def _pairs(t: np.ndarray, h: np.ndarray, w: np.ndarray, *, join: np.ufunc) -> np.ndarray:
     """``[queries, keys]`` of the axes -> joined, ``[queries, keys]``."""
     total = join(
         join(t[:, None, None, :, None, None], h[None, :, None, None, :, None]), w[None, None, :, None, None, :]
@@ -163,4 +164,4 @@ def _lengths(axes: tuple[Axis, Axis, Axis]) -> Size3:
             most *= cost.queries * cost.extent
         return most > MOST, scores + COPY * keys + CALL * kinds
 
-    return min(itertools.product(*costs), key=work)
+    return min(itertools.product(*costs), key=work)  # type: ignore[arg-type, return-value]

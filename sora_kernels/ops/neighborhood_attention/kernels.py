@@ -34,8 +34,8 @@ def load_rows(rows_ptr, tile, tiles, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_columns(slots_ptr, slots, first, start, columns, corner, BLOCK_N: tl.constexpr):
-    """Word, token, bias of BLOCK_N of a box's columns (``Walk.slots``). Beyond its end tokens are the corner's, and what is
-    there no row sees.
+    """Word, token, bias of BLOCK_N of a box's columns (``Walk.slots``). Beyond its end, where no row sees anything,
+    tokens are the corner's.
     """
     at = start + tl.arange(0, BLOCK_N)
     offs = first + at

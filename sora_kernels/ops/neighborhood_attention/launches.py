@@ -42,6 +42,7 @@ FORWARD = "_neighborhood_attention_fwd_kernel"
 BY_QUERY = "_neighborhood_attention_bwd_q_kernel"
 BY_KEY = "_neighborhood_attention_bwd_kv_kernel"
 FOLD = "_neighborhood_attention_bias_fold_kernel"
+SUM = "_neighborhood_attention_bias_sum_kernel"
 LOG2E = math.log2(math.e)
 FILL = 1056  # programs: eight waves of a large GPU
 SUMMED = 32  # entries of the bias table that a program sums up

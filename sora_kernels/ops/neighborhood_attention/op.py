@@ -167,9 +167,9 @@ def neighborhood_attention3d(
         ValueError: an argument's shape, dtype, device or value is off.
         BackendError: the named backend cannot run this call; the message says why.
 
-    Scores, softmax and sums are fp32 (fp64 for fp64). Under autocast q, k and v are cast to its dtype; the table is read
-    as it is. Gradients of q, k, v and bias_table are bitwise repeatable and of any order; inside ``torch.func`` the
-    reference runs.
+    Scores, softmax and sums are fp32 (fp64 for fp64). Under autocast q, k and v are cast to its dtype; the table is
+    read as it is. Gradients of q, k, v and bias_table are bitwise repeatable and of any order; inside ``torch.func``
+    the reference runs.
 
     Source: Hassani et al., "Neighborhood Attention Transformer", 2023, "Dilated Neighborhood Attention Transformer",
     2022, and "Generalized Neighborhood Attention", 2025.
@@ -193,7 +193,7 @@ def _checked(
     if q.dtype not in DTYPES:
         raise _error(f"q must be fp16, bf16, fp32 or fp64, got {q.dtype}")
     _, T, H, W, heads, dim = q.shape
-    if min(T, H, W, heads, dim) < 1:
+    if T < 1 or H < 1 or W < 1 or heads < 1 or dim < 1:  # min() would compare symbols
         raise _error(f"q must have elements on T, H, W, heads and head_dim, got {tuple(q.shape)}")
     if T * H * W >= 1 << 31:
         raise _error(f"q must have less than 2^31 tokens a sample, got {tuple(q.shape)}")

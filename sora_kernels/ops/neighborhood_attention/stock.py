@@ -6,6 +6,7 @@ bias, and leaves its fast path where the mask wants one: forward takes the bias 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,14 @@ def _whole(q: Tensor, table: Tensor | None, options: Options) -> bool:
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x.flatten(1, 3).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _above_autograd() -> contextlib.AbstractContextManager:
+    """Where the dispatcher calls, autograd's keys are off."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        off = off - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off)
 
 
 def forward(
@@ -114,8 +123,8 @@ def _bias(rows: Tensor | None, group: Group, dtype: torch.dtype) -> Tensor | Non
     mask = None if group.mask is None else group.mask.to(dtype)
     if rows is None:
         return None if mask is None else mask.view(1, 1, m, n)
-    assert group.index is not None
-    bias = rows.index_select(1, group.index).view(1, -1, m, n)
+    assert group.rows is not None
+    bias = rows.index_select(1, group.rows).view(1, -1, m, n)
     return bias if mask is None else bias + mask
 
 
@@ -142,10 +151,10 @@ def backward(
     of the GEMM as they are wanted.
     """
     if _whole(q, table, options):
-        with torch.enable_grad():
+        with _above_autograd(), torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             again = _attention(*inputs, options.scale)  # type: ignore[call-arg, arg-type]
-        return (*torch.autograd.grad(again, inputs, dout.reshape(again.shape)), None)
+            return (*torch.autograd.grad(again, inputs, dout.reshape(again.shape)), None)
     s, wide = _sizes(q), lse.dtype
     flat = [x.flatten(1, 3) for x in (q, k, v, dout)]
     delta = (flat[3].to(wide) * out.flatten(1, 3)).sum(-1)  # [B, L, heads]
@@ -178,8 +187,8 @@ def backward(
                 for tile, box in enumerate(part.boxes):
                     total[(slice(None), *box)] += split[:, tile].permute(0, 2, 3, 4, 1, 5)
         if dtable is not None and dbias is not None:
-            assert group.index is not None
-            _add_columns(dtable, group.index, dbias.flatten(1))
+            assert group.rows is not None
+            _add_columns(dtable, group.rows, dbias.flatten(1))
     return (
         dq.view(q.shape).to(q.dtype), dk.to(q.dtype), dv.to(q.dtype),
         None if dtable is None or table is None else dtable.t().to(table.dtype),
@@ -197,7 +206,7 @@ def _widened(x: Tensor, column: Tensor | float) -> Tensor:
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor | None, dbias: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (of the scaled q), dk, dv of widened products ``[tiles * heads, n, dim + 1]``, a step at a time; adds to dbias."""
+    """dq (of q as scaled), dk, dv of widened products ``[tiles * heads, n, dim + 1]``, in steps. Adds to dbias."""
     pairs, m, wide = q.shape
     n = k.shape[1]
     step = min(pairs, _step(m * n, heads))

@@ -1,9 +1,9 @@
 """What the Triton kernels are told of a geometry: tables of integers, so that they know no axes, windows or dilation.
 
-A tile's *rows* are the tokens that a program owns (queries; keys for dK and dV), its *columns* the box of tokens that they
-see, walked BLOCK_N at a time in the order (t, h, w). Whether a row sees a column is three range checks, and one word
-does them all: a column's coordinates in the box lie in three fields of a word, each below a guard bit. With ``low`` =
-guards - first coordinate seen, and ``high`` = guards + last, field by field,
+A tile's *rows* are the tokens that a program owns (queries; keys for dK and dV), its *columns* the box of tokens that
+they see, walked BLOCK_N at a time in the order (t, h, w). Whether a row sees a column is three range checks, and one
+word does them all: a column's coordinates in the box lie in three fields of a word, each below a guard bit. With
+``low`` = guards - first coordinate seen, and ``high`` = guards + last, field by field,
 
     ((column + low) & (high - column) & guards) == guards
 
@@ -87,8 +87,8 @@ class Fold(NamedTuple):
         pairs: int32: tiles, those that reach a block together.
         parts: int32 ``[parts, 3]``: block, first and end of a part's pairs.
         first: int32 ``[blocks + 1]``: of a block's parts.
-        sources: int32 ``[table rows, BLOCK_M]``: the block's number times BLOCK_M * BLOCK_N, plus the score's place in it,
-            for the column that a row sees at a table row's offset; -1 where there is none.
+        sources: int32 ``[table rows, BLOCK_M]``: for the column that a row sees at a table row's offset, its block's
+            number times BLOCK_M * BLOCK_N, plus the score's place in it; -1 where there is none.
         most: parts of a block.
         guards: of the words.
     """
