@@ -1,7 +1,9 @@
 """Windowed attention, the core and with its projections, and Video Swin-T: torchvision's form against ours.
 
-Each case is also timed against SDPA with bias and region mask summed in memory and, where ``shapes.yaml`` says
-``compiled``, torch.compile of the baseline and on a GPU FlexAttention (``windows.py``).
+Each case is also timed against SDPA with bias and region mask summed in memory (``sdpa_mask``) and, where
+``shapes.yaml`` says ``compiled``, torch.compile of the baseline and on a GPU FlexAttention. torchvision masks with
+-100: on a CPU its masked weights are denormal numbers, which are slow, or zeros, by what the scores happen to be.
+There shifted modules are timed against the same maths with -inf too (``eager_inf``).
 """
 
 from __future__ import annotations
@@ -67,23 +69,24 @@ def build(
     dy = torch.randn(*x.shape[:-1], dim, device=device).to(dtype)
 
     def bare(kind: str, backend: str | None = None) -> nn.Module:
-        if part == "core":
-            if kind == "sora":
-                return windows.OursCore(heads, window, shift, backend)
-            return windows.Core(kind, heads, window, shift)
+        stock = kind in ("torch", "compile")
+        form = "eager" if stock or kind == "eager_inf" else kind
+        if kind == "sora" and part == "core":
+            return windows.OursCore(heads, window, shift, backend)
         if kind == "sora":
             return sk.nn.ShiftedWindowAttention3d(dim, window, shift, heads, backend=backend)
-        if kind == "eager":
+        if part == "core":
+            return windows.Core(form, heads, window, shift)
+        if stock:
             return windows.stock(dim, heads, window, shift)
-        return windows.Attention(kind, dim, heads, window, shift)
+        return windows.Attention(form, dim, heads, window, shift)
 
-    master = bare("eager").state_dict()
+    master = bare("torch").state_dict()
     master["relative_position_bias_table"].normal_()
-    builds = {"torch": "eager", "compile": "eager"}
 
     def module(name: str) -> nn.Module:
         kind, _, backend = name.partition(":")
-        own = bare(builds.get(kind, kind), backend or None)
+        own = bare(kind, backend or None)
         own.load_state_dict(master)
         own = own.to(device=device, dtype=dtype).train(training)
         return torch.compile(own) if kind in ("compile", "flex") else own
@@ -112,8 +115,10 @@ def build(
         return cases.compare(ours, plain, truth, kink=False)
 
     names = ["sdpa_mask"]
+    if device == "cpu" and part == "module" and any(fit(shape["input"], window, shift)[1]):
+        names.append("eager_inf")
     if shape.get("compiled") and not tiny:
-        names += ["compile"] if device == "cpu" else ["compile", "flex"]
+        names += ["compile", "flex"] if device == "cuda" else ["compile"] * (part == "module")
     names = [name for name in names if name not in providers]
     makers, missing = rivals.built(names, call, check, device)
 
