@@ -7,6 +7,8 @@
 //   thread_index().x, block_index(), block_size(), grid_size(); lane(), warp()
 //   SORA_DEVICE void helper(...)              an inlined device function
 //   SORA_UNROLL for (...)                     #pragma unroll
+//   keep(x)                                   x is worked out here, and not again: the compiler would rather repeat what is
+//                                             cheap than hold a register through a loop. int, float, 64 bits, a pointer
 //
 //   LaunchConfig config{grid, block, shared_bytes};   config.cluster = 4; config.cooperative = true;
 //   int error = launch_kernel(kernel<H>, config, stream, args);      0, or a cudaError_t; emulated: emu::last_result()
@@ -17,6 +19,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(SORA_HOST_EMULATION)
 #include "../emu/emulation.h"
@@ -48,6 +51,19 @@
 namespace sora {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
+
+template <class T>
+SORA_DEVICE void keep([[maybe_unused]] T& x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one register, or two");
+#if !defined(SORA_HOST_EMULATION)
+  if constexpr (std::is_same_v<T, float>)
+    asm volatile("" : "+f"(x));
+  else if constexpr (sizeof(T) == 4)
+    asm volatile("" : "+r"(x));
+  else
+    asm volatile("" : "+l"(x));
+#endif
+}
 
 struct GridSize {
   unsigned x = 1, y = 1, z = 1;

@@ -4,9 +4,10 @@
 //   load<V>(p), store(p, v)         one access of sizeof(V) bytes, to global or shared memory; p aligned to it
 //   load_once<V>(p)                 global memory that this launch never writes, read once: ld.global.nc.L1::no_allocate
 //   load_read_only<V>(p)            global memory that this launch never writes: ld.global.nc
+//   store_global(p, v)              global memory, where the compiler cannot see that it is: st.global
 //   store_streaming(p, v)           global memory that nobody reads soon: st.global.cs
 //   prefetch_l2(p)                  the 128-byte line around p
-//   V: any of 4, 8 or 16 bytes, or an element of 2 (load_once, load_read_only, store_streaming: these too)
+//   V: any of 4, 8 or 16 bytes, or an element of 2 (all but load and store: these too)
 #pragma once
 
 #include "launch.cuh"
@@ -45,6 +46,10 @@ SORA_DEVICE V load_once(const void* p SORA_AND_SITE) {
 template <class V>
 SORA_DEVICE V load_read_only(const void* p SORA_AND_SITE) {
   return load<V>(p, site);
+}
+template <class V>
+SORA_DEVICE void store_global(void* p, V value SORA_AND_SITE) {
+  store(p, value, site);
 }
 template <class V>
 SORA_DEVICE void store_streaming(void* p, V value SORA_AND_SITE) {
@@ -105,24 +110,29 @@ SORA_DEFINE_LOAD(load_once, ".nc.L1::no_allocate")
 SORA_DEFINE_LOAD(load_read_only, ".nc")
 #undef SORA_DEFINE_LOAD
 
-template <class V>
-SORA_DEVICE void store_streaming(void* p, V value) {
-  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");
-  uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4] = {};
-  __builtin_memcpy(r, &value, sizeof(V));
-  if constexpr (sizeof(V) == 16) {
-    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  } else if constexpr (sizeof(V) == 8) {
-    asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]), "r"(r[1])
-                 : "memory");
-  } else if constexpr (sizeof(V) == 4) {
-    asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]) : "memory");
-  } else {
-    asm volatile("st.global.cs.b16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "h"(uint16_t(r[0])) : "memory");
-  }
+#define SORA_DEFINE_STORE(NAME, QUALIFIERS)                                                                            \
+template <class V>                                                                                                     \
+SORA_DEVICE void NAME(void* p, V value) {                                                                              \
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");                  \
+  uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4] = {};                                                                  \
+  __builtin_memcpy(r, &value, sizeof(V));                                                                              \
+  if constexpr (sizeof(V) == 16) {                                                                                     \
+    asm volatile("st.global" QUALIFIERS ".v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]),\
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])                                                                       \
+                 : "memory");                                                                                          \
+  } else if constexpr (sizeof(V) == 8) {                                                                               \
+    asm volatile("st.global" QUALIFIERS ".v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]), "r"(r[1])\
+                 : "memory");                                                                                          \
+  } else if constexpr (sizeof(V) == 4) {                                                                               \
+    asm volatile("st.global" QUALIFIERS ".b32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]) : "memory");    \
+  } else {                                                                                                             \
+    asm volatile("st.global" QUALIFIERS ".b16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "h"(uint16_t(r[0])) : "memory");\
+  }                                                                                                                    \
 }
+SORA_DEFINE_STORE(store_global, "")
+SORA_DEFINE_STORE(store_streaming, ".cs")
+#undef SORA_DEFINE_STORE
+
 SORA_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
