@@ -1,0 +1,244 @@
+"""Runs the CUDA sources of csrc/ without a GPU: builds them with the host emulation (csrc/emu) and calls them.
+
+A ``.cu`` file gives C functions that launch kernels and return 0 or an error. The same file, compiled by nvcc, serves
+:class:`Gpu`; a test's body is the same for both::
+
+    def check(device):
+        x = device.tensor(torch.randn(32), "x")
+        out = device.tensor(torch.full((32,), torch.nan), "out")
+        device.run("run_something", x, out, 32)
+        torch.testing.assert_close(out.cpu(), expected)
+
+    check(emulated(SOURCE, race=True, seed=3))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import runpy
+import shlex
+import subprocess
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulation"
+FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-DSORA_HOST_EMULATION", f"-I{CSRC}"]
+# The machine is never instrumented; a kernel's file is for the race detector, whose hooks the machine has.
+MACHINE_FLAGS = [*FLAGS, "-O2"]
+KERNEL_FLAGS = {False: [*FLAGS, "-O1"], True: [*FLAGS, "-O1", "-fsanitize=thread"]}
+POLICIES = ("fifo", "uniform", "starve")
+DELIVERIES = ("immediate", "random", "last_moment")
+
+
+class LaunchError(AssertionError):
+    """A launch that the emulation, or CUDA, ended; the message is its report."""
+
+
+class NoCompiler(Exception):
+    """The machine cannot build the emulation; the message says why."""
+
+
+@cache
+def compiler() -> tuple[str, ...]:
+    toolchain = runpy.run_path(str(CSRC / "toolchain.py"))
+    found = toolchain["find_cxx"]()
+    if isinstance(found, toolchain["Missing"]):
+        raise NoCompiler(f"no {found.what}")
+    if not found.version.startswith("g++") and "g++" not in found.command[0]:
+        raise NoCompiler(f"the hooks of the race detector are tried with g++, not {found.version}")
+    return tuple(found.command)
+
+
+def build(source: Path, *, race: bool, text: str | None = None, defines: Sequence[str] = ()) -> Path:
+    """The shared library of a ``.cu`` file with the emulation, from the cache if nothing has changed.
+
+    Args:
+        source: its folder and ``csrc`` are where ``#include`` looks.
+        race: instrumented for the race detector.
+        text: what to compile in the place of the file's contents.
+        defines: macros, as ``"NAME=value"``.
+    """
+    contents = source.read_text() if text is None else text
+    flags = [*KERNEL_FLAGS[race], *(f"-D{d}" for d in defines), f"-I{source.parent}"]
+    headers = [p for p in sorted(source.parent.glob("*.cuh")) if p.is_file()]
+    machine = _machine()
+    digest = _digest(flags, [*_csrc_headers(), *headers], contents, str(machine))
+    library = CACHE / f"{source.stem}-{'race' if race else 'plain'}-{digest}.so"
+    if not library.exists():
+        object_file = library.with_suffix(f".{os.getpid()}.o")
+        # The file's own name, for the lines in reports.
+        named = f'# 1 "{source}"\n{contents}'
+        _run([*compiler(), *flags, "-x", "c++", "-c", "-", "-o", str(object_file)], named)
+        _link([object_file, *machine], library)
+        object_file.unlink()
+    return library
+
+
+@cache
+def _machine() -> tuple[Path, ...]:
+    """The objects of csrc/emu, compiled together."""
+    sources = sorted((CSRC / "emu").glob("*.cpp"))
+    headers = _csrc_headers()
+
+    def compiled(source: Path) -> Path:
+        digest = _digest(MACHINE_FLAGS, headers, source.read_text(), source.name)
+        target = CACHE / f"{source.stem}-{digest}.o"
+        if not target.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(f".{os.getpid()}")
+            _run([*compiler(), *MACHINE_FLAGS, "-c", str(source), "-o", str(part)])
+            part.rename(target)
+        return target
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return tuple(pool.map(compiled, sources))
+
+
+@cache
+def _csrc_headers() -> tuple[Path, ...]:
+    return tuple(p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh"))
+
+
+def _digest(flags: Sequence[str], headers: Sequence[Path], *texts: str) -> str:
+    digest = hashlib.sha256(repr((compiler(), flags, texts)).encode())
+    for header in headers:
+        digest.update(header.name.encode() + header.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _link(objects: Sequence[Path], library: Path) -> None:
+    part = library.with_suffix(f".{os.getpid()}")
+    # Without -fsanitize=thread: libtsan stays out. -Bsymbolic: each library keeps its own machine.
+    _run([*compiler(), "-shared", *map(str, objects), "-o", str(part), "-Wl,-Bsymbolic", "-ldl"])
+    part.rename(library)
+
+
+def _run(command: Sequence[str], text: str | None = None) -> None:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode or done.stderr:  # a warning is an error too
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a launch did."""
+
+    switches: int
+    collectives: int
+    copies: int
+    accesses: int
+
+
+class Emulated:
+    """A built library as a device. Every launch runs in the order that ``seed`` draws.
+
+    Args:
+        library: from :func:`build`.
+        race: with the race detector; plain accesses are followed in a library built for it.
+        seed: 0 runs threads in turn; others shuffle, starve one thread, warp or CTA, and land
+            asynchronous copies early, at random or late.
+        policy: of :data:`POLICIES`, in the place of what the seed draws.
+        delivery: of :data:`DELIVERIES`, in the place of what the seed draws.
+        max_switches: a launch that needs more switches between threads is reported as a livelock.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        *,
+        race: bool,
+        seed: int = 0,
+        policy: str | None = None,
+        delivery: str | None = None,
+        max_switches: int = 0,
+    ) -> None:
+        self._library = _load(library)
+        self.race = race
+        self.seed = seed
+        self.policy = -1 if policy is None else POLICIES.index(policy)
+        self.delivery = -1 if delivery is None else DELIVERIES.index(delivery)
+        self.max_switches = max_switches
+
+    def tensor(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy of ``value`` in emulated global memory: what a kernel does outside it is an error."""
+        value = value.contiguous()
+        bytes_ = value.numel() * value.element_size()
+        address = self._library.sora_emu_allocate(ctypes.c_size_t(bytes_), name.encode())
+        memory = (ctypes.c_char * max(bytes_, 1)).from_address(address)
+        weakref.finalize(memory, self._library.sora_emu_release, ctypes.c_void_p(address))
+        if bytes_ == 0:
+            return torch.empty_like(value)
+        tensor = torch.frombuffer(memory, dtype=value.dtype, count=value.numel())
+        return tensor.view(value.shape).copy_(value)
+
+    def run(self, function: str, *arguments: torch.Tensor | float | None) -> Counts:
+        """Calls ``function(*arguments, stream)``.
+
+        Raises:
+            LaunchError: the emulation found an error.
+        """
+        library = self._library
+        library.sora_emu_configure(ctypes.c_uint64(self.seed), int(self.race))
+        library.sora_emu_override(
+            self.policy, self.delivery, ctypes.c_double(-1), ctypes.c_uint64(self.max_switches)
+        )
+        error = getattr(library, function)(*map(_c_argument, arguments), None)
+        if error:
+            report = library.sora_emu_report().decode()
+            raise LaunchError(f"{function}, seed {self.seed}: {report or f'error {error}'}")
+        counts = (ctypes.c_uint64 * 4)()
+        library.sora_emu_counts(counts)
+        return Counts(*counts)
+
+    def mutate(self, site: int | None) -> None:
+        """Switches the synchronisation of this number off: see mutation.py."""
+        self._library.sora_emu_mutate(-1 if site is None else site)
+
+
+class Gpu:
+    """A library that nvcc made of the same file, on a GPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def tensor(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        del name
+        return value.cuda()
+
+    def run(self, function: str, *arguments: torch.Tensor | float | None) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = getattr(self._library, function)(*map(_c_argument, arguments), stream)
+        if error:
+            raise LaunchError(f"{function}: CUDA error {error}")
+        torch.cuda.synchronize()
+
+
+def emulated(source: Path, *, race: bool, seed: int = 0, **options) -> Emulated:
+    """:func:`build` and :class:`Emulated`."""
+    return Emulated(build(source, race=race), race=race, seed=seed, **options)
+
+
+@cache
+def _load(library: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(library))
+    loaded.sora_emu_allocate.restype = ctypes.c_void_p
+    loaded.sora_emu_report.restype = ctypes.c_char_p
+    return loaded
+
+
+def _c_argument(value: torch.Tensor | float | None):
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return value  # an int is a C int; another C type is given as one of ctypes
