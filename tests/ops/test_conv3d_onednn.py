@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sora_kernels as sk
-from sora_kernels.ops.conv3d_bn_act import onednn
+from sora_kernels.ops.conv3d_bn_act import kept, onednn
 from sora_kernels.testing import assert_close, assert_within_2x
 
 pytestmark = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def test_again_with_what_was_kept_and_other_sizes():
     for sizes in 2 * ((4, 7, 9), (5, 6, 7), (1, 3, 3), (2, 8, 8), (3, 9, 4), (6, 5, 5)):
         x = torch.randn(1, 6, *sizes).contiguous(memory_format=CHANNELS_LAST)
         assert_close(m(x), stock(m, x), "composition_fp32")
-    assert len(onednn._FOLDED[m.conv.weight].plans) == onednn._PLANS
+    assert len(kept.find(m.conv.weight).plans) == kept.PLANS
 
 
 def training_of_the_stock_batch_norm(m: sk.nn.ConvBNAct3d) -> None:
@@ -118,13 +118,13 @@ def test_what_was_folded_is_dropped_when_its_source_is_written(write, memory_for
 @torch.no_grad()
 def test_what_was_folded_goes_with_the_weight():
     gc.collect()
-    count = len(onednn._FOLDED)
+    count = len(kept._FOLDED)
     m = module()
     m(torch.randn(1, 6, 4, 5, 5))
-    assert len(onednn._FOLDED) == count + 1
+    assert len(kept._FOLDED) == count + 1
     del m
     gc.collect()
-    assert len(onednn._FOLDED) == count
+    assert len(kept._FOLDED) == count
 
 
 def test_inference_mode():

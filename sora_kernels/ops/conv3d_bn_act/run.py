@@ -7,6 +7,7 @@ weight.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,19 @@ def forward(
         none if mean is None else mean,
         none if mean is None else invstd,
     )
+
+
+def remember(
+    call: tuple[Hashable, ...], tensors: Sequence[Tensor | None], shape: Sequence[int], window: Window,
+    options: Options, backend: str,
+) -> None:  # fmt: skip
+    """A call without tapes that gave a z of ``shape``, for :func:`onednn.again` if oneDNN made it."""
+    x, weight, _, residual, *_ = tensors
+    assert x is not None and weight is not None
+    wanted = memory_format(x, weight)
+    chosen = _select(backend, x, wanted, shape, window, options, residual)
+    if _by_onednn(False, x, options, chosen.name):
+        onednn.remember(call, tensors, window, options, wanted)
 
 
 def _volume(shape: Any) -> int:
