@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from ... import _env
 from ..common.gradient import Pair, Tensors, differentiable, transformed
 from ..common.schema import differentiate, goes_straight, register
-from . import arguments, onednn, recipes, reference, run, sync
+from . import arguments, onednn, recipes, reference, run, stock, sync
 from .backends import CONV_ACT, CONV_BN_ACT, CONV_TRANSPOSE_BN_ACT
 from .options import BATCH, NONE, RUNNING, Options
 from .window import of_schema
@@ -186,8 +186,10 @@ def _enter(
     groups: int, transposed: bool, output_padding: Any, options: Options, backend: str,
 ) -> Tensor:  # fmt: skip
     """Checks, casts for autocast, and calls."""
+    plain = _is_plain(tensors)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     call: tuple[Any, ...] | None = None
-    if options.norm != BATCH and _is_plain_evaluation(tensors):
+    if plain and not graded and options.norm != BATCH:
         call = (
             stride, padding, padding_mode, dilation, groups, transposed, output_padding, options, backend,
             _env.backend_variable(),
@@ -225,21 +227,20 @@ def _enter(
             found = arguments.geometry(*arguments_of_window)
     tensors = (x, weight, bias, residual, *vectors)
     arguments.check_tensors(*tensors, found.output)  # type: ignore[call-arg, arg-type]
-    result = _call(tensors, (*found.flags, *options), backend)[0]
+    if plain and graded and run.is_composed(tensors, found.output, found.window, options, backend):
+        return stock.composed(*tensors, found.window, options)  # type: ignore[arg-type]
+    z = _call(tensors, (*found.flags, *options), backend)[0]
     if call is not None:
         run.remember(call, tensors, found.output, found.window, options, backend)
-    return result  # type: ignore[return-value]
+    return z  # type: ignore[return-value]
 
 
-def _is_plain_evaluation(tensors: Tensors) -> bool:
-    """Whether a call is for values alone and nobody looks on: no gradient, transform, trace, mode or autocast."""
+def _is_plain(tensors: Tensors) -> bool:
+    """Whether nobody looks on: no compiler, transform, trace, mode or autocast."""
     return (
         goes_straight(*tensors)
         and not transformed(tensors)
         and not torch._C._is_any_autocast_enabled()
-        and not (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        )
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, convolution, folded, onednn, reference, sync
+from . import backends, convolution, folded, onednn, recipes, reference, sync
 from .backends import memory_format
 from .convolution import convolve, layout
 from .options import BATCH, NONE, RUNNING, Options
@@ -93,6 +93,31 @@ def forward(
         none if y is None else y,
         none if mean is None else mean,
         none if mean is None else invstd,
+    )
+
+
+def is_composed(
+    tensors: Sequence[Tensor | None], shape: Sequence[int], window: Window, options: Options, backend: str
+) -> bool:  # fmt: skip
+    """Whether autograd's own way through ATen's ops gives what :func:`forward` and :func:`backward` do on the CPU and
+    keeps no more: then it is taken, for it costs a fraction on the host.
+    """
+    x, weight, bias, residual, *vectors = tensors
+    assert x is not None and weight is not None
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and options.activation in ("", "relu")
+        and (options.norm == NONE or (options.norm == BATCH and bias is None))
+        and not options.group
+        and all(v is None or v.dtype is x.dtype for v in vectors)
+        and window.symmetric
+        and not convolution.is_misread(x, window)
+        and shape[1] > 0
+        and shape[0] * _volume(shape) > 1
+        and not recipes.wanted(residual is not None, options)
+        and _select(backend, x, memory_format(x, weight), shape, window, options, residual).name
+        == "torch"
     )
 
 
