@@ -27,6 +27,7 @@ _POST_OPS = {"": "none", "relu": "relu", "silu": "swish", "leaky_relu": "leaky_r
 # Below these, setting oneDNN up costs more than ATen's own loops or a plain GEMM do.
 _SMALL = 3 << 20  # operations, of a contiguous x
 _FEW = 1024  # pixels, of a channels-last x and a pointwise window
+_LITTLE = 1 << 18  # elements of that x and its z
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def _available() -> bool:
         return bool(
             torch.backends.mkldnn.is_available()
             and ops._convolution_pointwise.default
-            and ops._convolution_pointwise.binary
+            and ops._convolution_pointwise_.binary
             and ops._reorder_convolution_weight.default
         )
     except (AttributeError, RuntimeError):
@@ -136,7 +137,8 @@ def _plan(
         after = pointwise and not channels_last and not window.transposed and bias is not None
         return _aten(w, bias, after, window, options, memory_format)
     still = max(window.stride) == 1 and not any(window.before)
-    if channels_last and pointwise and still and window.groups == 1 and pixels < _FEW:
+    few = pixels < _FEW or pixels * sum(w.shape[:2]) < _LITTLE
+    if channels_last and pointwise and still and window.groups == 1 and few:
         return _gemm(w.flatten(1).t().contiguous(), bias, shape, options)
     geometry = ([*window.before], [*window.stride], [*window.dilation], window.groups)
     if channels_last or turned:
@@ -147,7 +149,7 @@ def _plan(
     # Elsewhere the op with a residual is ATen's convolution and a sum that does not know bf16.
     either = math.prod(shape[1:]) == max(shape[1], math.prod(shape[2:]))  # dense in both layouts
     if options.activation in ("", "relu") and window.groups == 1 and channels_last and not either:
-        return _binary(w, bias, geometry, options, memory_format)
+        return _summed(w, bias, geometry, options, memory_format)
     return _plain(w, bias, geometry, options, memory_format)
 
 
@@ -166,18 +168,20 @@ def _pointwise(
     return run
 
 
-def _binary(
+def _summed(
     w: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], options: Options,
     memory_format: torch.memory_format,
 ) -> kept.Run:  # fmt: skip
-    """oneDNN with the residual and the activation inside."""
-    op = torch.ops.mkldnn._convolution_pointwise.binary
+    """oneDNN with the residual and the activation inside, written over a copy of the residual: sooner done than with
+    the residual as a second operand.
+    """
+    op = torch.ops.mkldnn._convolution_pointwise_.binary
     rest = (w, bias, *geometry, "add", 1.0, options.activation or None, [], "")
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         assert residual is not None
-        x = x.contiguous(memory_format=memory_format)
-        return op(x, residual.contiguous(memory_format=memory_format), *rest)
+        z = residual.clone(memory_format=memory_format)
+        return op(z, x.contiguous(memory_format=memory_format), *rest)
 
     return run
 

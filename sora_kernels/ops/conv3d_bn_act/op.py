@@ -228,7 +228,7 @@ def _enter(
     tensors = (x, weight, bias, residual, *vectors)
     arguments.check_tensors(*tensors, found.output)  # type: ignore[call-arg, arg-type]
     if plain and graded and run.is_composed(tensors, found.output, found.window, options, backend):
-        return stock.composed(*tensors, found.window, options)  # type: ignore[arg-type]
+        return stock.composed(*tensors, found.window, options)  # type: ignore[arg-type, call-arg]
     z = _call(tensors, (*found.flags, *options), backend)[0]
     if call is not None:
         run.remember(call, tensors, found.output, found.window, options, backend)

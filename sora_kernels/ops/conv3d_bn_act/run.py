@@ -116,8 +116,8 @@ def is_composed(
         and shape[1] > 0
         and shape[0] * _volume(shape) > 1
         and not recipes.wanted(residual is not None, options)
-        and _select(backend, x, memory_format(x, weight), shape, window, options, residual).name
-        == "torch"
+        # By itself the CPU takes no other.
+        and backends.requested(backend, window, options) in ("", "torch")
     )
 
 
