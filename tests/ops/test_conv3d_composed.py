@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import sora_kernels as sk
 from sora_kernels.ops.conv3d_bn_act import run, stock
@@ -46,6 +47,7 @@ def without_norm(
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("call", [with_norm, without_norm])
 def test_same_as_the_op(monkeypatch, call, activation, with_residual, memory_format):
+    monkeypatch.setattr(run, "_hooked", lambda: False)  # not for the hooks below
     found = []
     for composed in (True, False):
         if not composed:
@@ -99,8 +101,24 @@ def test_who_looks_on_sees_the_op(monkeypatch):
     monkeypatch.setattr(stock, "composed", lambda *_: pytest.fail("this call is the op's"))
     with sk.save_memory():
         call()
+    with torch.autograd.graph.save_on_cpu():
+        call()
     with torch.autocast("cpu", torch.bfloat16):
         call()
     with torch.profiler.profile() as profile:
         call()
     assert "sora_kernels::conv3d_bn_act_fwd" in {event.name for event in profile.events()}
+
+
+def test_checkpointed_under_a_profiler_that_is_gone_in_backward():
+    x, w, g, b, _ = leaves(torch.contiguous_format)
+    mean, var = torch.zeros_like(g), torch.ones_like(g)
+
+    def block(x: Tensor) -> Tensor:
+        return sk.conv3d_bn_act(x, w, g, b, mean, var, padding=1, training=True)
+
+    want = torch.autograd.grad(block(x).square().sum(), [x, w, g, b])
+    with torch.profiler.profile():
+        loss = checkpoint(block, x, use_reentrant=False).square().sum()
+    for found, wanted in zip(torch.autograd.grad(loss, [x, w, g, b]), want, strict=True):
+        assert_close(found, wanted, "composition_fp32")

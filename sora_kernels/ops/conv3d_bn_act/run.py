@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, convolution, folded, onednn, recipes, reference, sync
+from . import backends, convolution, folded, onednn, reference, sync
 from .backends import memory_format
 from .convolution import convolve, layout
 from .options import BATCH, NONE, RUNNING, Options
@@ -102,7 +102,7 @@ def is_composed(
     """Whether autograd's own way through ATen's ops gives what :func:`forward` and :func:`backward` do on the CPU and
     keeps no more: then it is taken, for it costs a fraction on the host.
     """
-    x, weight, bias, residual, *vectors = tensors
+    x, weight, bias, _, *vectors = tensors
     assert x is not None and weight is not None
     return (
         x.is_cpu
@@ -115,10 +115,17 @@ def is_composed(
         and not convolution.is_misread(x, window)
         and shape[1] > 0
         and shape[0] * _volume(shape) > 1
-        and not recipes.wanted(residual is not None, options)
+        and not _hooked()
         # By itself the CPU takes no other.
         and backends.requested(backend, window, options) in ("", "torch")
     )
+
+
+def _hooked() -> bool:
+    """Whether somebody packs saved tensors: ``save_memory()``, or a checkpoint, which has to find the same ones again
+    when it repeats the call, even if a profiler or a mode has gone by then.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def remember(
