@@ -255,3 +255,11 @@ def test_a_window_equal_to_the_known_one_is_not_padded_twice():
     for own in (window, Window(*window)):
         z = onednn.forward(*arguments, own, options, torch.contiguous_format)
         assert_close(z, m.conv(x).relu(), "composition_fp32")
+
+
+@torch.no_grad()
+def test_lists_are_no_keys_and_no_errors():
+    m, x = module(), torch.randn(1, 6, 4, 5, 5)
+    for _ in range(2):
+        z = sk.conv3d_act(x, m.conv.weight, m.conv.bias, stride=[1, 1, 1], padding=[1, 1, 1])
+        assert_close(z, m.conv(x).relu(), "composition_fp32")

@@ -110,7 +110,7 @@ class Folded:
 def _form(weight: Tensor) -> tuple[Any, ...]:
     # A tensor made in inference mode counts no versions.
     version = -1 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), weight.dtype
+    return version, weight.data_ptr(), weight.dtype, weight.shape
 
 
 def _rest(eps: float, window: Window) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ ordered weights oneDNN would answer in channels-last. Both, and how a kind of ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Hashable, Sequence
@@ -87,7 +88,10 @@ def again(call: tuple[Hashable, ...], tensors: Sequence[Tensor | None]) -> Tenso
     folded = kept.find(weight)  # type: ignore[arg-type]
     if folded is None or not torch._C._get_mkldnn_enabled():
         return None
-    run = folded.again((_form(x), _form(residual), call), weight, (bias, *norm))  # type: ignore[arg-type]
+    try:
+        run = folded.again((_form(x), _form(residual), call), weight, (bias, *norm))  # type: ignore[arg-type]
+    except TypeError:  # a list is no key
+        return None
     return None if run is None else run(x, residual)  # type: ignore[arg-type]
 
 
@@ -98,8 +102,11 @@ def remember(
     """A call of :func:`forward`, for :func:`again`."""
     x, weight, bias, residual, *norm = tensors
     assert x is not None and weight is not None
-    if (folded := kept.find(weight)) is not None:
-        kind = _kind(x, residual, window, options, memory_format)
+    folded = kept.find(weight)
+    if folded is None:
+        return
+    kind = _kind(x, residual, window, options, memory_format)
+    with contextlib.suppress(TypeError):  # a list is no key
         folded.remember((_form(x), _form(residual), call), kind, (bias, *norm))
 
 

@@ -187,18 +187,18 @@ def _enter(
 ) -> Tensor:  # fmt: skip
     """Checks, casts for autocast, and calls."""
     plain = _is_plain(tensors)
-    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    graded = (
+        plain
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
     call: tuple[Any, ...] | None = None
     if plain and not graded and options.norm != BATCH:
         call = (
             stride, padding, padding_mode, dilation, groups, transposed, output_padding, options, backend,
             _env.backend_variable(),
         )  # fmt: skip
-        try:
-            z = onednn.again(call, tensors)
-        except TypeError:  # a list is no key
-            call = z = None
-        if z is not None:
+        if (z := onednn.again(call, tensors)) is not None:
             return z
     x, weight, bias, residual, *vectors = tensors
     assert x is not None and weight is not None
@@ -227,7 +227,7 @@ def _enter(
             found = arguments.geometry(*arguments_of_window)
     tensors = (x, weight, bias, residual, *vectors)
     arguments.check_tensors(*tensors, found.output)  # type: ignore[call-arg, arg-type]
-    if plain and graded and run.is_composed(tensors, found.output, found.window, options, backend):
+    if graded and run.is_composed(tensors, found.output, found.window, options, backend):
         return stock.composed(*tensors, found.window, options)  # type: ignore[arg-type, call-arg]
     z = _call(tensors, (*found.flags, *options), backend)[0]
     if call is not None:
