@@ -33,20 +33,20 @@ def _parse(value: str) -> tuple[str, dict[str, str]]:
     return bare, bound
 
 
-def _backend_variable() -> str | None:
+def backend_variable() -> str | None:
     return os.environ.get("SORA_BACKEND")
 
 
 if os.name == "posix" and isinstance(getattr(os.environ, "_data", None), dict):
     # os.environ encodes and decodes on every look, half a microsecond of every call of every operator.
-    def _backend_variable() -> str | None:
+    def backend_variable() -> str | None:
         value = os.environ._data.get(b"SORA_BACKEND")  # type: ignore[attr-defined]
         return None if value is None else os.fsdecode(value)
 
 
 def requested_backend(operator: str, available: Collection[str]) -> str:
     """The backend that ``SORA_BACKEND`` asks for, or ``""``."""
-    value = _backend_variable()
+    value = backend_variable()
     if not value:
         return ""
     bare, bound = _parse(value)

@@ -89,31 +89,39 @@ def check_modules(
         raise ValueError(f"bn: expected {conv.out_channels} features, got {bn.num_features}")
 
 
+def held(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of a parameter, buffer or child: nn.Module's own look-up costs a microsecond or two."""
+    for there in (module._parameters, module._buffers, module._modules):
+        if name in there:
+            return there[name]
+    return getattr(module, name)
+
+
 def batch_norm(bn: nn.BatchNorm3d | nn.SyncBatchNorm) -> dict[str, Any]:
     """The operator's arguments that stand for a call of ``bn``; counts the batch."""
     training = bn.training and bn.track_running_stats
     momentum = bn.momentum
-    if training and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    if training and (count := held(bn, "num_batches_tracked")) is not None:
+        count.add_(1)
         if momentum is None:
             # A cumulative average needs its count on the host; nn.BatchNorm3d reads it too.
-            momentum = 1.0 / float(bn.num_batches_tracked)
+            momentum = 1.0 / float(count)
     tracked = training or not bn.training
     return {
-        "bn_weight": bn.weight,
-        "bn_bias": bn.bias,
-        "running_mean": bn.running_mean if tracked else None,
-        "running_var": bn.running_var if tracked else None,
+        "bn_weight": held(bn, "weight"),
+        "bn_bias": held(bn, "bias"),
+        "running_mean": held(bn, "running_mean") if tracked else None,
+        "running_var": held(bn, "running_var") if tracked else None,
         "training": bn.training,
         "momentum": 0.0 if momentum is None else momentum,
         "eps": bn.eps,
-        "process_group": _process_group(bn),
+        "process_group": _process_group(bn) if bn.training else None,
     }
 
 
 def _process_group(bn: nn.Module) -> Any:
     """Whose ranks share the statistics: SyncBatchNorm's group, all ranks where it names none."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+    if not isinstance(bn, nn.SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None

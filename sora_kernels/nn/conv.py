@@ -14,6 +14,7 @@ from ._conv import (
     batch_norm,
     check_modules,
     check_padding_mode,
+    held,
     padding_of,
 )
 
@@ -101,11 +102,11 @@ class ConvBNAct3d(ActivatedConv):
         return self._run(x, residual, self.padding)
 
     def _run(self, x: Tensor, residual: Tensor | None, padding: Any) -> Tensor:
-        conv = self.conv
+        conv = held(self, "conv")
         return conv3d_bn_act(
             x,
-            conv.weight,
-            bias=conv.bias,
+            held(conv, "weight"),
+            bias=held(conv, "bias"),
             residual=residual,
             activation=self.activation,
             negative_slope=self.negative_slope,
@@ -115,7 +116,7 @@ class ConvBNAct3d(ActivatedConv):
             dilation=conv.dilation,
             groups=conv.groups,
             backend=self.backend,
-            **batch_norm(self.bn),
+            **batch_norm(held(self, "bn")),
         )
 
 
@@ -164,11 +165,11 @@ class ConvAct3d(ActivatedConv):
         return module.train(conv.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv = self.conv
+        conv = held(self, "conv")
         return conv3d_act(
             x,
-            conv.weight,
-            conv.bias,
+            held(conv, "weight"),
+            held(conv, "bias"),
             residual=residual,
             activation=self.activation,
             negative_slope=self.negative_slope,

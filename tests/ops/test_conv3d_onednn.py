@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sora_kernels as sk
-from sora_kernels.ops.conv3d_bn_act import onednn
+from sora_kernels.ops.conv3d_bn_act import kept, onednn, run
+from sora_kernels.ops.conv3d_bn_act.options import Options
+from sora_kernels.ops.conv3d_bn_act.window import Window
 from sora_kernels.testing import assert_close, assert_within_2x
 
 pytestmark = pytest.mark.skipif(
@@ -76,7 +79,7 @@ def test_again_with_what_was_kept_and_other_sizes():
     for sizes in 2 * ((4, 7, 9), (5, 6, 7), (1, 3, 3), (2, 8, 8), (3, 9, 4), (6, 5, 5)):
         x = torch.randn(1, 6, *sizes).contiguous(memory_format=CHANNELS_LAST)
         assert_close(m(x), stock(m, x), "composition_fp32")
-    assert len(onednn._FOLDED[m.conv.weight].plans) == onednn._PLANS
+    assert len(kept.find(m.conv.weight).plans) == kept.PLANS
 
 
 def training_of_the_stock_batch_norm(m: sk.nn.ConvBNAct3d) -> None:
@@ -118,13 +121,13 @@ def test_what_was_folded_is_dropped_when_its_source_is_written(write, memory_for
 @torch.no_grad()
 def test_what_was_folded_goes_with_the_weight():
     gc.collect()
-    count = len(onednn._FOLDED)
+    count = len(kept._FOLDED)
     m = module()
     m(torch.randn(1, 6, 4, 5, 5))
-    assert len(onednn._FOLDED) == count + 1
+    assert len(kept._FOLDED) == count + 1
     del m
     gc.collect()
-    assert len(onednn._FOLDED) == count
+    assert len(kept._FOLDED) == count
 
 
 def test_inference_mode():
@@ -146,19 +149,117 @@ def test_compiled_code_has_the_same_layout():
         assert torch.equal(ours, want) and ours.stride() == want.stride()
 
 
-@torch.no_grad()
-def test_where_it_is_not_asked_for(monkeypatch):
+def refusing(m: sk.nn.ConvBNAct3d) -> None:
+    """Makes what is kept beside m's weight unusable."""
+
     def refuse(*_):
         pytest.fail("this call is not oneDNN's")
 
+    folded = kept.find(m.conv.weight)
+    assert folded._calls, "nothing was remembered"
+    folded._calls = dict.fromkeys(folded._calls, refuse)
+    folded.plans = dict.fromkeys(folded.plans, refuse)
+
+
+@torch.no_grad()
+def test_where_it_is_not_asked_for(monkeypatch):
     m, x = module(), torch.randn(1, 6, 4, 5, 5)
     want = stock(m, x)
-    monkeypatch.setattr(onednn, "forward", refuse)
+    m(x)
+    refusing(m)
     with torch.backends.mkldnn.flags(enabled=False):
         assert_close(m(x), want, "composition_fp32")
     m.backend = "reference"
     assert_close(m(x), want, "composition_fp32")
     m.backend = None
+    monkeypatch.setenv("SORA_BACKEND", "conv3d_bn_act=reference")
+    assert_close(m(x), want, "composition_fp32")
+    monkeypatch.delenv("SORA_BACKEND")
     with torch.enable_grad():
         assert_close(m(x).detach(), want, "composition_fp32")
     assert m.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
+@torch.no_grad()
+def test_a_known_call_takes_the_short_way(monkeypatch, memory_format):
+    m = module().to(memory_format=memory_format)
+    x, other = torch.randn(2, 1, 6, 4, 5, 5).unbind()
+    x = x.contiguous(memory_format=memory_format)
+    residual = torch.randn_like(m.conv(x))
+    m(x), m(x, residual)
+    monkeypatch.setattr(run, "forward", lambda *_: pytest.fail("a known call"))
+    assert_close(m(x), stock(m, x), "composition_fp32")
+    assert_close(m(x, residual), stock(m, x, residual), "composition_fp32")
+    before = residual.clone()
+    assert m(x, residual).data_ptr() != residual.data_ptr() and torch.equal(residual, before)
+    with torch.enable_grad():
+        frozen = m.requires_grad_(False)
+        assert_close(frozen(x), stock(m, x), "composition_fp32")
+    monkeypatch.undo()
+    assert_close(m(other), stock(m, other), "composition_fp32")  # another layout, or other values
+
+
+@torch.no_grad()
+def test_a_known_call_is_still_checked():
+    m, x = module(), torch.randn(1, 6, 4, 5, 5)
+    residual = torch.randn_like(m.conv(x))
+    m(x), m(x, residual)
+    refusing(m)
+    for arguments, message in (
+        ((x.double(),), "weight: expected torch.float64"),
+        ((x[:, :5],), "x: expected 6 channels"),
+        ((x.to("meta"),), "weight: expected torch.float32 on meta"),
+        ((x, residual[:, :7]), "residual: expected"),
+        ((x, residual.bfloat16()), "residual: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            m(*arguments)
+    m.activation = "gelu"
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        m(x)
+    m.activation, m.conv.groups = "relu", 5
+    with pytest.raises(ValueError, match="groups: expected a divisor"):
+        m(x)
+
+
+@torch.no_grad()
+def test_a_known_call_is_seen_by_whoever_looks_on():
+    m, x = module(), torch.randn(1, 6, 4, 5, 5)
+    want = m(x)
+    with torch.profiler.profile() as profile:
+        assert torch.equal(m(x), want)
+    assert "sora_kernels::conv3d_bn_act" in {event.name for event in profile.events()}
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        assert torch.equal(m(x), want)
+    assert torch.ops.sora_kernels.conv3d_bn_act.default in seen
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(x).dtype == torch.bfloat16
+    stacked = torch.stack([x, 2 * x])
+    assert_close(torch.func.vmap(m)(stacked)[1], m(2 * x), "composition_fp32")
+
+
+@torch.no_grad()
+def test_a_window_equal_to_the_known_one_is_not_padded_twice():
+    m, x = module(), torch.randn(1, 6, 4, 5, 5)
+    window = Window((3, 3, 3), before=(1, 1, 1), after=(1, 1, 1))
+    options = Options("none", "relu", 0.01, 0.0, 0.0)
+    arguments = (x, m.conv.weight, m.conv.bias, None, None, None, None, None)
+    for own in (window, Window(*window)):
+        z = onednn.forward(*arguments, own, options, torch.contiguous_format)
+        assert_close(z, m.conv(x).relu(), "composition_fp32")
+
+
+@torch.no_grad()
+def test_lists_are_no_keys_and_no_errors():
+    m, x = module(), torch.randn(1, 6, 4, 5, 5)
+    for _ in range(2):
+        z = sk.conv3d_act(x, m.conv.weight, m.conv.bias, stride=[1, 1, 1], padding=[1, 1, 1])
+        assert_close(z, m.conv(x).relu(), "composition_fp32")

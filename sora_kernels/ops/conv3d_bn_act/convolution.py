@@ -31,7 +31,7 @@ def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, window: Window, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias for ``needs`` (None where not needed)."""
-    if not needs[1] or not window.symmetric or not _is_misread(x, window):
+    if not needs[1] or not window.symmetric or not is_misread(x, window):
         return gradients(dy, x, weight, window, needs)
     dx, _, dbias = gradients(dy, x, weight, window, (needs[0], False, needs[2]))
     unpadded = window._replace(before=_NONE, after=_NONE, replicate=False)
@@ -55,7 +55,7 @@ def gradients(
     return dx, dweight, dbias
 
 
-def _is_misread(x: Tensor, window: Window) -> bool:
+def is_misread(x: Tensor, window: Window) -> bool:
     """Whether oneDNN's gradient of the weight may be wrong, or write past its memory, on a padded axis that is no
     longer than the kernel: in bf16, and with two frames of padding or more (7 taps, stride 2, padding 3 of 5 to 7
     frames). Of x that is padded as a tensor it is right.

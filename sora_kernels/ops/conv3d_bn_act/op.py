@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..common.gradient import Pair, Tensors, differentiable
-from ..common.schema import differentiate, register
-from . import arguments, recipes, reference, run, sync
+from ... import _env
+from ..common.gradient import Pair, Tensors, differentiable, transformed
+from ..common.schema import differentiate, goes_straight, register
+from . import arguments, onednn, recipes, reference, run, stock, sync
 from .backends import CONV_ACT, CONV_BN_ACT, CONV_TRANSPOSE_BN_ACT
 from .options import BATCH, NONE, RUNNING, Options
 from .window import of_schema
@@ -185,6 +186,20 @@ def _enter(
     groups: int, transposed: bool, output_padding: Any, options: Options, backend: str,
 ) -> Tensor:  # fmt: skip
     """Checks, casts for autocast, and calls."""
+    plain = _is_plain(tensors)
+    graded = (
+        plain
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
+    call: tuple[Any, ...] | None = None
+    if plain and not graded and options.norm != BATCH:
+        call = (
+            stride, padding, padding_mode, dilation, groups, transposed, output_padding, options, backend,
+            _env.backend_variable(),
+        )  # fmt: skip
+        if (z := onednn.again(call, tensors)) is not None:
+            return z
     x, weight, bias, residual, *vectors = tensors
     assert x is not None and weight is not None
     if options.activation not in reference.ACTIVATIONS and options.activation != "":
@@ -212,7 +227,21 @@ def _enter(
             found = arguments.geometry(*arguments_of_window)
     tensors = (x, weight, bias, residual, *vectors)
     arguments.check_tensors(*tensors, found.output)  # type: ignore[call-arg, arg-type]
-    return _call(tensors, (*found.flags, *options), backend)[0]  # type: ignore[return-value]
+    if graded and run.is_composed(tensors, found.output, found.window, options, backend):
+        return stock.composed(*tensors, found.window, options)  # type: ignore[arg-type, call-arg]
+    z = _call(tensors, (*found.flags, *options), backend)[0]
+    if call is not None:
+        run.remember(call, tensors, found.output, found.window, options, backend)
+    return z  # type: ignore[return-value]
+
+
+def _is_plain(tensors: Tensors) -> bool:
+    """Whether nobody looks on: no compiler, transform, trace, mode or autocast."""
+    return (
+        goes_straight(*tensors)
+        and not transformed(tensors)
+        and not torch._C._is_any_autocast_enabled()
+    )
 
 
 def conv3d_bn_act(

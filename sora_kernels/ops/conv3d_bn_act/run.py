@@ -7,6 +7,7 @@ weight.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,51 @@ def forward(
         none if mean is None else mean,
         none if mean is None else invstd,
     )
+
+
+def is_composed(
+    tensors: Sequence[Tensor | None], shape: Sequence[int], window: Window, options: Options, backend: str
+) -> bool:  # fmt: skip
+    """Whether autograd's own way through ATen's ops gives what :func:`forward` and :func:`backward` do on the CPU and
+    keeps no more: then it is taken, for it costs a fraction on the host.
+    """
+    x, weight, bias, _, *vectors = tensors
+    assert x is not None and weight is not None
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and options.activation in ("", "relu")
+        and (options.norm == NONE or (options.norm == BATCH and bias is None))
+        and not options.group
+        and all(v is None or v.dtype is x.dtype for v in vectors)
+        and window.symmetric
+        and not convolution.is_misread(x, window)
+        and shape[1] > 0
+        and shape[0] * _volume(shape) > 1
+        and not _hooked()
+        # By itself the CPU takes no other.
+        and backends.requested(backend, window, options) in ("", "torch")
+    )
+
+
+def _hooked() -> bool:
+    """Whether somebody packs saved tensors: ``save_memory()``, or a checkpoint, which has to find the same ones again
+    when it repeats the call, even if a profiler or a mode has gone by then.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def remember(
+    call: tuple[Hashable, ...], tensors: Sequence[Tensor | None], shape: Sequence[int], window: Window,
+    options: Options, backend: str,
+) -> None:  # fmt: skip
+    """A call without tapes that gave a z of ``shape``, for :func:`onednn.again` if oneDNN made it."""
+    x, weight, _, residual, *_ = tensors
+    assert x is not None and weight is not None
+    wanted = memory_format(x, weight)
+    chosen = _select(backend, x, wanted, shape, window, options, residual)
+    if _by_onednn(False, x, options, chosen.name):
+        onednn.remember(call, tensors, window, options, wanted)
 
 
 def _volume(shape: Any) -> int:

@@ -14,6 +14,7 @@ from .window import Window
 
 __all__ = [
     "backward",
+    "composed",
     "convolve_backward",
     "forward",
     "fused",
@@ -48,6 +49,20 @@ def fused(
     # With its bias, as the modules do it: y is rounded once, at the same magnitude.
     y = convolve(x, weight, window, bias)
     return _after(y, None, residual, bn_weight, bn_bias, mean, variance, options)[0]
+
+
+def composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, bn_weight: Tensor | None,
+    bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, window: Window,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """z by ops that autograd knows, where :func:`run.is_composed`: it keeps x, the weight, y and z, as we would."""
+    z = convolve(x, weight, window, bias)
+    if options.norm == BATCH:
+        z = torch.native_batch_norm(
+            z, bn_weight, bn_bias, running_mean, running_var, True, options.momentum, options.eps
+        )[0]
+    return folded.finish(z, residual, options)
 
 
 def forward(
