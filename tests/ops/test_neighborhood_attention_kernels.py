@@ -20,7 +20,7 @@ from sora_kernels.testing import assert_within_2x, poisoned, shuffled_programs, 
 
 pytest.importorskip("triton", exc_type=ImportError)
 
-from sora_kernels.ops.neighborhood_attention import launches, walks  # noqa: E402
+from sora_kernels.ops.neighborhood_attention import launches, tiling, walks  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -242,10 +242,10 @@ def test_walks_hold_the_definitions_pairs(case, size):
 
 def test_a_word_has_room():
     options = Options((18, 24, 24), (1, 1, 1), (1, 1, 1), False, 1.0)
-    assert walks.packed_bits((30, 48, 80), options) <= walks.WORD
+    assert tiling.packed_bits((30, 48, 80), options) <= tiling.WORD
     assert (
-        walks.packed_bits((1 << 12, 1 << 12, 1 << 12), Options(*[(1 << 12,) * 3] * 3, False, 1.0))
-        > walks.WORD
+        tiling.packed_bits((1 << 12, 1 << 12, 1 << 12), Options(*[(1 << 12,) * 3] * 3, False, 1.0))
+        > tiling.WORD
     )
 
 

@@ -1,7 +1,6 @@
 """Triton kernels of the bias gradient, without atomics: scores folded over tiles in registers, then over offsets.
 
-What they walk is ``walks.Fold``: counted from a tile's first query, a key's place says its offset for every row, so one
-block of scores means the same entries of the bias table in every tile.
+What they walk is ``folds.Fold``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import _tuning
 from ..._launches import Launch
 from ..common import dtypes
-from . import walks
+from . import folds, walks
 from .bias_kernels import (
     _neighborhood_attention_bias_fold_kernel,
     _neighborhood_attention_bias_sum_kernel,
@@ -29,7 +29,7 @@ from .kernels import (
     _neighborhood_attention_fwd_kernel,
 )
 from .options import Options
-from .walks import WORD, packed_bits
+from .tiling import WORD, packed_bits
 
 if TYPE_CHECKING:
     from .backends import Facts
@@ -113,7 +113,7 @@ def _bias_gradient(
     B, T, H, W, heads, _ = q.shape
     config = _config(FOLD, q)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    fold = walks.fold(_size(q), options, block_m, block_n, -(-FILL // heads), _tables_on(q))
+    fold = folds.fold(_size(q), options, block_m, block_n, -(-FILL // heads), _tables_on(q))
     parts, columns, rows = len(fold.parts), fold.columns.shape[1], fold.rows.shape[1]
     partial = torch.empty(heads, parts, block_m, block_n, dtype=lse.dtype, device=q.device)
     _neighborhood_attention_bias_fold_kernel[(parts * heads,)](
@@ -261,7 +261,7 @@ def describe(facts: Facts) -> str:
     walk = walks.walk(
         _size(q), facts.options, False, config["BLOCK_M"], config["BLOCK_N"], torch.device("cpu")
     )
-    t, h, w = walks.tile_lengths(_size(q), facts.options, config["BLOCK_M"])
+    t, h, w = walk.lengths
     return f"tiles of {t}x{h}x{w} x {config['BLOCK_N']} keys, {config['num_warps']} warps, {len(walk.tiles)} tiles"
 
 

@@ -39,7 +39,7 @@ def _sizes(q: Tensor) -> Sizes:
 
 
 def _groups(q: Tensor, table: Tensor | None, options: Options) -> list[Group]:
-    return groups(tuple(q.shape[1:4]), options, table is not None, q.device)  # type: ignore[arg-type]
+    return groups(tuple(q.shape[1:4]), options, table is not None, q.device)
 
 
 def _whole(q: Tensor, table: Tensor | None, options: Options) -> bool:
