@@ -166,6 +166,7 @@ models|benchmarks/test_bench_models.py|cuda
 stacks|benchmarks/test_bench_stacks.py|channels_last and bf16
 conv3d_bn_act_rest|benchmarks/test_bench_conv3d_bn_act.py|not (channels_last and bf16)
 rnn|benchmarks/test_bench_lstm.py|test_rnn and cuda and not packed
+neighborhood_attention3d|benchmarks/test_bench_neighborhood_attention.py|bf16
 window_attention3d_rest|benchmarks/test_bench_window_attention.py|not (swin_t16.stage1.shifted or swin_t32.stage3.shifted or n98.shifted or test_model) and bf16
 window_attention3d_fp32|benchmarks/test_bench_window_attention.py|fp32
 stacks_rest|benchmarks/test_bench_stacks.py|not (channels_last and bf16)

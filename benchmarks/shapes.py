@@ -38,7 +38,16 @@ def _tiny(shape: dict[str, Any]) -> dict[str, Any]:
     """Depthwise stays depthwise and a residual keeps fitting: channels shrink alike."""
     small = dict(shape)
     small["batch"] = min(shape["batch"], 2)
-    if "window" in shape:
+    if "window" in shape and "size" in shape:
+        limits = [
+            w * d + 2
+            for w, d in zip(shape["window"], shape.get("dilation", (1, 1, 1)), strict=True)
+        ]
+        small["size"] = [min(n, m, 8) for n, m in zip(shape["size"], limits, strict=True)]
+        small.update(window=[min(w, 3) for w in shape["window"]], heads=2, head_dim=8)
+        if "stride" in shape:
+            small["stride"] = [min(s, 2) for s in shape["stride"]]
+    elif "window" in shape:
         small.update(_tiny_windows(shape))
     elif "input" in shape and isinstance(shape["input"], list):
         channels, *sizes = shape["input"]
