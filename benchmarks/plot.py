@@ -1,8 +1,8 @@
 """``python benchmarks/plot.py RESULTS.json [...] FIGURE.svg``: our speed-up over the baseline, a bar a row.
 
 Inference and training of one layer share a line, training paler. Everything in the figure comes from the JSON: bars,
-conditions, machine. Void rows are listed, not drawn; grey is equal within the noise that a row may have. ``--best`` adds
-a stroke to a bar: the speed-up over the strongest of its rivals.
+conditions, machine. Void rows are listed, not drawn; grey is equal within the noise that a row may have. With
+``--best`` a stroke in a bar is the speed-up over the strongest of its rivals.
 """
 
 from __future__ import annotations
