@@ -184,10 +184,7 @@ def _checked(
     bias_table: Tensor | None, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Options]:  # fmt: skip
     """q, k and v as autocast wants them, and the rest."""
-    window = _triple("window_size", window_size)
-    strides, dilations = _triple("stride", stride), _triple("dilation", dilation)
-    if any(s > w for s, w in zip(strides, window, strict=True)):
-        raise _error(f"stride must be at most window_size {window}, got {strides}")
+    options = check_window(window_size, stride, dilation, causal_t)
     if q.dim() != 6:
         raise _error(f"q must be [B, T, H, W, heads, head_dim], got {tuple(q.shape)}")
     if q.dtype not in DTYPES:
@@ -203,8 +200,7 @@ def _checked(
                 f"{name} must be as q, {q.dtype} {tuple(q.shape)} on {q.device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
-    scale = dim**-0.5 if scale is None else float(scale)
-    options = Options(window, strides, dilations, bool(causal_t), scale)
+    options = options._replace(scale=dim**-0.5 if scale is None else float(scale))
     if bias_table is not None and (
         tuple(bias_table.shape) != (options.rows, heads)
         or bias_table.dtype not in DTYPES
@@ -222,6 +218,15 @@ def _checked(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v, options
+
+
+def check_window(window_size: Any, stride: Any, dilation: Any, causal_t: bool) -> Options:
+    """Of public arguments, without the scale."""
+    window = _triple("window_size", window_size)
+    strides, dilations = _triple("stride", stride), _triple("dilation", dilation)
+    if any(s > w for s, w in zip(strides, window, strict=True)):
+        raise _error(f"stride must be at most window_size {window}, got {strides}")
+    return Options(window, strides, dilations, bool(causal_t), 1.0)
 
 
 def _triple(name: str, value: Any) -> tuple[int, int, int]:
