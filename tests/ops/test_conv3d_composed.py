@@ -34,6 +34,18 @@ def with_norm(tensors: list[Tensor], activation: str | None, with_residual: bool
     return [z, mean, var]
 
 
+def with_bias(tensors: list[Tensor], activation: str | None, with_residual: bool) -> list[Tensor]:
+    x, w, g, b, r = tensors
+    mean, var = torch.zeros_like(g), torch.ones_like(g)
+    bias, residual = g * 2, r if with_residual else None
+    z = sk.conv3d_bn_act(
+        x, w, g, b, mean, var, bias=bias, residual=residual, activation=activation, padding=1, training=True
+    )  # fmt: skip
+    (dbias,) = torch.autograd.grad(z, bias, torch.ones_like(z), retain_graph=True)
+    assert not dbias.any()
+    return [z, mean, var]
+
+
 def without_norm(
     tensors: list[Tensor], activation: str | None, with_residual: bool
 ) -> list[Tensor]:
@@ -45,7 +57,7 @@ def without_norm(
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ["relu", None])
-@pytest.mark.parametrize("call", [with_norm, without_norm])
+@pytest.mark.parametrize("call", [with_norm, with_bias, without_norm])
 def test_same_as_the_op(monkeypatch, call, activation, with_residual, memory_format):
     monkeypatch.setattr(run, "_hooked", lambda: False)  # not for the hooks below
     found = []
@@ -76,6 +88,8 @@ def test_same_as_the_op(monkeypatch, call, activation, with_residual, memory_for
 def call(**changes) -> Tensor:
     x, w, g, b, _ = leaves(torch.contiguous_format, changes.pop("dtype", torch.float32))
     mean, var = torch.zeros_like(g), torch.ones_like(g)
+    if changes.pop("without_bn_bias", False):
+        b = None
     options = {"padding": 1, "training": True} | changes
     return sk.conv3d_bn_act(x, w, g, b, mean, var, **options)
 
@@ -84,7 +98,7 @@ def call(**changes) -> Tensor:
     "changes",
     [
         dict(activation="silu"),  # autograd would keep what goes into it beside y
-        dict(bias=torch.zeros(8)),  # its gradient is exactly zero
+        dict(bias=torch.zeros(8), without_bn_bias=True),  # nothing to link its gradient of zero to
         dict(training=False),  # no y is kept
         dict(padding=((2, 0), (1, 1), (1, 1))),  # the padded copy would be kept
         dict(dtype=torch.bfloat16),  # statistics in fp32

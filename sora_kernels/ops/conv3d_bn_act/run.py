@@ -104,11 +104,14 @@ def is_composed(
     """
     x, weight, bias, _, *vectors = tensors
     assert x is not None and weight is not None
+    linked = (
+        bias is None or vectors[1] is not None
+    )  # a bias before batch statistics, to the graph: see stock.composed
     return (
         x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and options.activation in ("", "relu")
-        and (options.norm == NONE or (options.norm == BATCH and bias is None))
+        and (options.norm == NONE or (options.norm == BATCH and linked))
         and not options.group
         and all(v is None or v.dtype is x.dtype for v in vectors)
         and window.symmetric

@@ -31,6 +31,10 @@ _WIDE = {
 }
 
 
+with torch.inference_mode(False):  # whoever imports this
+    _NEVER = torch.tensor(False)
+
+
 def _widened(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
@@ -56,12 +60,22 @@ def composed(
     bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, window: Window,
     options: Options,
 ) -> Tensor:  # fmt: skip
-    """z by ops that autograd knows, where :func:`run.is_composed`: it keeps x, the weight, y and z, as we would."""
-    z = convolve(x, weight, window, bias)
-    if options.norm == BATCH:
-        z = torch.native_batch_norm(
-            z, bn_weight, bn_bias, running_mean, running_var, True, options.momentum, options.eps
-        )[0]
+    """z by ops that autograd knows, where :func:`run.is_composed`: it keeps x, the weight, y and z, as we would.
+
+    A bias before batch statistics moves the running mean alone. Its gradient is exactly zero.
+    """
+    if options.norm != BATCH:
+        return folded.finish(convolve(x, weight, window, bias), residual, options)
+    if bias is not None:
+        assert bn_bias is not None
+        bn_bias = torch.where(_NEVER, bias, bn_bias)
+    y = convolve(x, weight, window)
+    z = torch.native_batch_norm(
+        y, bn_weight, bn_bias, running_mean, running_var, True, options.momentum, options.eps
+    )[0]
+    if bias is not None and running_mean is not None:
+        # As native_batch_norm writes it: counting no version, for autograd has the buffer saved.
+        running_mean.data.add_(bias.detach(), alpha=options.momentum)
     return folded.finish(z, residual, options)
 
 
