@@ -60,8 +60,8 @@ def _window_attention_dtable_kernel(
     heads, N, NP, splits, rows, middle, codes,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows of the table for a head. Row e is the sum of dS[i, j] over query slots i, where j is the
-    slot with code place[i] + middle - e; neighbours in e are neighbours in j.
+    """One program: BLOCK_T rows of the table for a head. Row e is the sum of dS[i, j] over query slots i, where j is
+    the slot with code place[i] + middle - e; neighbours in e are neighbours in j.
     """
     head = tl.program_id(1)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

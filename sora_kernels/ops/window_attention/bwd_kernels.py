@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dot import dot
 from .kernels import (
     HIDDEN,
     LOG2E,
@@ -22,7 +23,6 @@ from .kernels import (
     _operand,
     _seen,
     _store_rows,
-    dot,
 )
 
 
@@ -36,8 +36,8 @@ def _window_attention_delta_kernel(
     L, W, heads, NP,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the other kernels want of queries, in the order of slots: the log-sum-exp in units of log 2, and delta, the sum
-    of dO * O, which is the sum of p * dP. Of slots without a query, UNSEEN and 0.
+    """What the other kernels want of queries, in the order of slots: the log-sum-exp in units of log 2, and delta, the
+    sum of dO * O, which is the sum of p * dP. Of slots without a query, UNSEEN and 0.
     """
     pid = tl.program_id(0)
     tiles = NP // BLOCK_M
@@ -76,7 +76,8 @@ def _window_attention_dq_kernel(
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWS_INNER: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window."""
     pid = tl.program_id(0)
@@ -159,7 +160,8 @@ def _window_attention_dkv_kernel(
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle, pads,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWS_INNER: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a key tile of a head of a window. Scores are ``[keys, queries]``, so that weights and dS go from
     registers to the tensor cores as they are.
@@ -283,12 +285,14 @@ def _window_attention_dbias_kernel(
         q_ptr = qkv_ptr + b * stride_b + head * DIM
         q = _load_rows(q_ptr, None, token_q, stride_l, offs_d, DIM, BLOCK_D, False, INDEX)
         k = _load_rows(q_ptr + C, pad_k_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX)
-        v = _load_rows(q_ptr + 2 * C, pad_v_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX)
+        v = _load_rows(
+            q_ptr + 2 * C, pad_v_ptr, token_k, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX
+        )
         do_ptr = dout_ptr + b * L * C + head * DIM
         do = _load_rows(do_ptr, None, token_q, C, offs_d, DIM, BLOCK_D, False, INDEX)
         lse, delta = tl.load(sums_ptr + offs_m), tl.load(sums_ptr + NP + offs_m)
-        # Again for every window, from the cache: kept in registers, it would be copied to where sums start. The zero keeps
-        # the compiler from keeping it.
+        # Again for every window, from the cache: kept in registers, it would be copied to where sums start. The zero
+        # keeps the compiler from keeping it.
         zero = (window >= W).to(tl.int32)
         if BIAS == "dense":
             tile = (head * tiles_m + pid_m) * tiles_n + pid_n + zero

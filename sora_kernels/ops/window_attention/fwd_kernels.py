@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dot import dot
 from .kernels import (
     HIDDEN,
     LN2,
@@ -16,7 +17,6 @@ from .kernels import (
     _operand,
     _seen,
     _store_rows,
-    dot,
 )
 
 
@@ -38,7 +38,8 @@ def _window_attention_fwd_kernel(
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWS_INNER: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window. ``pairs`` is B * W."""
     pid = tl.program_id(0)

@@ -1,8 +1,8 @@
 """What the kernels of window attention share. Sizes in shape comments: W windows of N slots, padded to NP; B samples of
 L tokens; D = head_dim; kinds of windows, see slots.py.
 
-Scores are kept as the products come, in units of 1 / scale, and with them the bias: it is where the sums start, and costs
-no instruction of its own. The scale is a factor in the argument of exp2.
+Scores are kept as the products come, in units of 1 / scale, and with them the bias: it is where the sums start, and
+costs no instruction of its own. The scale is a factor in the argument of exp2.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dot import INTERPRETING, dot
+from ..common.dot import INTERPRETING
 from .slots import NOBODY as _NOBODY
 
 NOBODY = tl.constexpr(_NOBODY)
@@ -25,8 +25,8 @@ def _load_rows(
     ptr, pad_ptr, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``[slots, BLOCK_D]`` of tokens; of pads, if PADS, the row at ``pad_ptr``; zeros for the others. INDEX holds an
-    offset within a sample.
+    """Rows ``[slots, BLOCK_D]`` of tokens; of pads, if PADS, the row at ``pad_ptr``; zeros for the others. INDEX holds
+    an offset within a sample.
     """
     row_ptr = ptr + token.to(INDEX) * stride
     mask = (token >= 0)[:, None]
@@ -67,8 +67,8 @@ def _load_pair(ptr, kind, offs, NP, CLASSES: tl.constexpr):
 
 @triton.jit
 def _fragments(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``[ROWS * COLUMNS]`` -> ``[ROWS, COLUMNS]``, in the order in which the threads of a Hopper matrix product hold it,
-    so that a tile stored so is loaded in whole vectors into the registers where it is wanted.
+    """``[ROWS * COLUMNS]`` -> ``[ROWS, COLUMNS]``, in the order in which the threads of a Hopper matrix product hold
+    it, so that a tile stored so is loaded in whole vectors into the registers where it is wanted.
     """
     x = x.reshape(COLUMNS // 8, ROWS // 16, 8, 4, 2, 2)
     return x.permute(1, 4, 2, 0, 3, 5).reshape(ROWS, COLUMNS)

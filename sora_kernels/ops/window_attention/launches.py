@@ -7,19 +7,17 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ... import _tuning
-from ..._dispatch import YES, Verdict, no
 from ..._launches import Launch
 from ..common.dtypes import DTYPES
-from . import slots as slots_of
+from . import plans
 from .bias_kernels import (
     _window_attention_bias_kernel,
     _window_attention_dtable_kernel,
@@ -33,138 +31,14 @@ from .bwd_kernels import (
 )
 from .fwd_kernels import _window_attention_fwd_kernel
 from .options import Options
+from .plans import DBIAS, DELTA, DKV, DQ, DTABLE, FORWARD, SMALL, Key, Step, can_run, plan_step
 from .small_kernels import _window_attention_bwd_kernel
 
-OP = "window_attention"
+if TYPE_CHECKING:
+    from .backends import Facts
+
+OP = plans.OP
 SHAPES = "window_attention3d"  # in benchmarks/shapes.yaml
-FORWARD = "_window_attention_fwd_kernel"
-DELTA, DQ = "_window_attention_delta_kernel", "_window_attention_dq_kernel"
-DKV, DBIAS = "_window_attention_dkv_kernel", "_window_attention_dbias_kernel"
-SMALL = "_window_attention_bwd_kernel"
-DTABLE = "_window_attention_dtable_kernel"
-
-_DELTA_CONSTANTS = ("DIM", "BLOCK_D", "ACC", "INDEX", "BLOCK_M", "num_warps")
-ONE_TILE = 64  # tokens of a window whose backward is one kernel
-DIMS = (16, 128)
-LEAST_SCALE = 1e-6  # below, a hidden score could be seen
-FILL = 1056  # programs: two waves of four on a large GPU
-WIDEST_TILE = 128  # slots: what windows are padded to, so that tiles of all kernels divide it
-WIDEST = (1 << 31) - (1 << 20)  # beyond, offsets within a sample are int64; the rest is room for a tile
-DENSE_BYTES = 1 << 30  # of a dense bias; a larger one is gathered from the table
-
-
-def can_run(head_dim: int, scale: float) -> Verdict:
-    """Whether the kernels take such heads; devices and dtypes are ``triton_backend.can_run``'s."""
-    if not DIMS[0] <= head_dim <= DIMS[1]:
-        return no(f"head_dim is {head_dim}; the kernels take {DIMS[0]} to {DIMS[1]}")
-    if not LEAST_SCALE <= scale < math.inf:
-        return no(f"scale is {scale}; the kernels take {LEAST_SCALE} and more")
-    return YES
-
-
-class Key(NamedTuple):
-    """What a plan depends on."""
-
-    arch: str
-    options: Options
-    shape: tuple[int, ...]  # of qkv
-    strides: tuple[int, int]  # batch, token
-    dtype: torch.dtype
-    device: torch.device
-    bias: bool
-    pads: bool  # pad_kv was given
-    dropout: bool
-    precision: str
-
-
-class Bias(NamedTuple):
-    """How a kernel has its bias: tiles (rows, columns), or the table turned."""
-
-    dense: bool
-    rows: int
-    columns: int
-    keys_first: bool
-    places: slots_of.Places
-
-
-class Step(NamedTuple):
-    """One launch: all of it that is not a tensor of the call."""
-
-    programs: int
-    slots: tuple[Tensor | None, ...]  # token, kind, code, ask, hide
-    bounds: Tensor | None
-    bias: Bias | None
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_step(kernel: str, key: Key) -> Step:
-    options, (B, *size, width) = key.options, key.shape
-    heads, L, plan = options.num_heads, math.prod(size), options.plan(size)
-    dim, N = width // 3 // heads, plan.tokens
-    config = dict(
-        _tuning.config(
-            OP, kernel, key.arch,
-            (("head_dim", dim), ("itemsize", key.dtype.itemsize), ("tokens", N)),
-        )
-    )  # fmt: skip
-    if kernel == SMALL:
-        config["BLOCK_M"] = config["BLOCK_N"] = max(16, triton.next_power_of_2(N))
-    block_m, block_n = config["BLOCK_M"], config.get("BLOCK_N", 1)
-    multiple, who = WIDEST_TILE, (plan, options.pads_take_part, options.causal_t)
-    found = slots_of.slots(*who, multiple, key.device)
-    kinds = slots_of.kinds(*who)
-    dense = 4 * heads * found.padded**2 <= DENSE_BYTES
-    mask = ""
-    if kinds.mixed or (N % block_n and not (key.bias and dense)):
-        product = key.dtype.itemsize == 2 and kinds.classes <= slots_of.CLASSES
-        mask = "product" if product else "code"
-    pair = slots_of.pair(*who, multiple, key.dtype, key.device) if mask == "product" else None
-    places = bias = None
-    if key.bias:
-        places = slots_of.places(options, plan, multiple, key.device)
-        keys_first = kernel == DKV
-        tile = (block_n, block_m) if keys_first else (block_m, block_n)
-        bias = Bias(dense, *tile, keys_first, places)
-    bounds = None
-    if kernel not in (DBIAS, SMALL):
-        bounds = slots_of.bounds(*who, block_m, block_n, kernel == DKV, key.device)
-    pairs = B * plan.windows
-    tiles_m, tiles_n = triton.cdiv(N, block_m), triton.cdiv(N, block_n)
-    rows, middle = (places.rows, places.middle) if places else (0, 0)
-    sizes = [*key.strides, L, plan.windows, heads, pairs, N, found.padded, found.span, rows, middle]
-    if kernel in (DKV, SMALL):
-        sizes.append(plan.pads)
-    if kernel in (DBIAS, SMALL):
-        tiles = heads * tiles_m * tiles_n
-        share = triton.cdiv(pairs, min(pairs, triton.cdiv(FILL, tiles)))
-        sizes.append(share)
-        programs = tiles * triton.cdiv(pairs, share)
-    else:
-        tiles = {DKV: tiles_n, DELTA: found.padded // block_m}.get(kernel, tiles_m)
-        programs = pairs * heads * tiles
-    constants = {
-        "DIM": dim, "BLOCK_D": block_d(dim), "PADS": key.pads and options.pads_take_part and plan.pads > 0,
-        "MASK": mask, "CAUSAL": options.causal_t, "CLASSES": pair.ask.shape[2] if pair else 0,
-        "BIAS": "" if bias is None else "dense" if dense else "gather",
-        "THRESHOLD": int(options.dropout_p * 2**32) if key.dropout else 0, "SCALE": options.scale,
-        "ACC": tl.float64 if key.dtype == torch.float64 else tl.float32,
-        "INDEX": tl.int64 if is_wide(max(L, plan.pads), key.strides[1], width) else tl.int32, "PRECISION": key.precision, **config,
-    }  # fmt: skip
-    slots = (
-        found.token, found.kind, found.code if mask == "code" else None, *(pair or (None, None)),
-    )  # fmt: skip
-    return Step(programs, slots, bounds, bias, tuple(sizes), constants)
-
-
-def is_wide(tokens: int, stride: int, width: int) -> bool:
-    """Whether an offset within a sample of qkv or of its gradient passes int32."""
-    return tokens * max(stride, width) >= WIDEST
-
-
-def block_d(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
 
 
 def _prepare(
@@ -179,7 +53,7 @@ def _prepare(
         )
     B, T, H, W, width = qkv.shape
     C = width // 3
-    verdict = can_run(C // heads, options.scale)
+    verdict = can_run(C // heads)
     if not verdict.ok:
         raise ValueError(verdict.why)
     rows = math.prod(2 * n - 1 for n in options.table_window)
@@ -196,7 +70,7 @@ def _prepare(
         raise ValueError(
             f"seed: expected one int64 on {qkv.device}, got {tuple(seed.shape)} {seed.dtype}"
         )
-    stride = token_stride(qkv)
+    stride = plans.token_stride(qkv)
     if stride is None:
         qkv = qkv.contiguous()
         stride = width
@@ -204,32 +78,16 @@ def _prepare(
         table = table.contiguous()
     if pad_kv is not None:
         pad_kv = pad_kv.to(qkv.dtype).contiguous()
+    if not plans.is_plain(options.scale):
+        qkv = torch.cat((qkv[..., :C] * options.scale, qkv[..., C:]), -1)
+        options, stride = options._replace(scale=1.0), width
     strides = (qkv.stride(0) if B > 1 else 0, stride)
+    dense = plans.is_dense(heads, options.plan((T, H, W)).tokens)
     key = Key(
         arch_of(qkv.device), options, tuple(qkv.shape), strides, qkv.dtype, qkv.device,
-        table is not None, pad_kv is not None, seed is not None, precision(qkv.dtype),
+        table is not None, dense, pad_kv is not None, seed is not None, plans.precision(qkv.dtype),
     )  # fmt: skip
     return qkv, table, pad_kv, key
-
-
-def token_stride(x: Tensor) -> int | None:
-    """Elements from a token of ``[B, T, H, W, channels]`` to the next; None where they are not evenly spaced."""
-    _, *size, width = x.shape
-    found, inner = None, 1
-    even = x.stride(4) == 1 or width == 1
-    for axis in (3, 2, 1):  # a size-1 axis may carry any stride
-        if x.shape[axis] > 1:
-            found = x.stride(axis) // inner if found is None else found
-            even = even and x.stride(axis) == found * inner
-        inner *= x.shape[axis]
-    found = width if found is None else found
-    return found if even and found >= width else None
-
-
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's ``input_precision``: TF32 only where torch's own matrix products may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
 
 
 def _state(dtype: torch.dtype) -> torch.dtype:
@@ -271,7 +129,17 @@ def forward(
         lse = qkv.new_empty(B, options.num_heads, T * H * W, dtype=_state(qkv.dtype))
     bias, places = _bias(step, table, key)
     _window_attention_fwd_kernel[(step.programs,)](
-        qkv, pad_kv, *step.slots, step.bounds, bias, places, seed, out, lse, *step.sizes, **step.constants
+        qkv,
+        pad_kv,
+        *step.slots,
+        step.bounds,
+        bias,
+        places,
+        seed,
+        out,
+        lse,
+        *step.sizes,
+        **step.constants,
     )
     return out, lse
 
@@ -281,7 +149,7 @@ def backward(
     lse: Tensor, needs: Sequence[bool], options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dqkv, dtable, dpad_kv for ``needs`` (of qkv, table, pad_kv)."""
-    given_table, given_pad = table, pad_kv
+    given_pad = pad_kv
     qkv, table, pad_kv, key = _prepare(qkv, table, pad_kv, seed, options)
     B, T, H, W, width = qkv.shape
     heads, L, C = options.num_heads, T * H * W, width // 3
@@ -301,15 +169,15 @@ def backward(
         qkv, table, pad_kv, seed, out, dout, lse, dqkv, bool(needs[0]), bool(needs[1] and table is not None),
         bool(needs[2] and pad_kv is not None), key,
     )  # fmt: skip
-    one_tile = options.plan((T, H, W)).tokens <= ONE_TILE
+    one_tile = options.plan((T, H, W)).tokens <= plans.ONE_TILE
     lost, dtable = _backward_small(found) if one_tile else _backward_tiled(found)
     dpad = None
     if found.needs_pad:
         assert given_pad is not None
         dpad = torch.zeros_like(given_pad) if lost is None else lost.sum((0, 1)).to(given_pad)
-    if dtable is not None and given_table is not None:
-        dtable = dtable.to(given_table.dtype)
-    return dqkv if needs[0] else None, dtable, dpad
+    if found.needs_qkv and not plans.is_plain(options.scale):
+        dqkv[..., :C] *= options.scale
+    return dqkv if found.needs_qkv else None, dtable, dpad
 
 
 class _Gradients(NamedTuple):
@@ -357,7 +225,7 @@ def _backward_tiled(g: _Gradients) -> tuple[Tensor | None, Tensor | None]:
     sums = g.lse.new_empty(pairs, heads, 2, NP)
     _window_attention_delta_kernel[(step.programs,)](
         step.slots[0], g.out, g.dout, g.lse, sums, L, windows, heads, NP,
-        **{name: value for name, value in step.constants.items() if name in _DELTA_CONSTANTS},
+        **step.constants,
     )  # fmt: skip
     lost = dtable = None
     if g.needs_qkv or g.needs_pad:
@@ -380,7 +248,17 @@ def _backward_tiled(g: _Gradients) -> tuple[Tensor | None, Tensor | None]:
         part = _room(g, step, step.sizes[-1])
         bias, places = _bias(step, g.table, g.key)
         _window_attention_dbias_kernel[(step.programs,)](
-            g.qkv, g.pad_kv, *step.slots, bias, places, g.seed, g.dout, sums, part, *step.sizes, **step.constants
+            g.qkv,
+            g.pad_kv,
+            *step.slots,
+            bias,
+            places,
+            g.seed,
+            g.dout,
+            sums,
+            part,
+            *step.sizes,
+            **step.constants,
         )
         dtable = _dtable(g, step, part)
     return lost, dtable
@@ -426,3 +304,97 @@ def as_on(arch: str) -> Iterator[None]:
 def forget_plans() -> None:
     """After a change of the configs."""
     plan_step.cache_clear()
+
+
+def describe(facts: Facts) -> str:
+    """The forward pass's config, for ``explain``."""
+    heads, size = facts.options.num_heads, facts.shape[1:4]
+    tokens = facts.options.plan(size).tokens
+    key = plans.config_key(facts.shape[4] // 3 // heads, facts.dtype, tokens)
+    config = _tuning.config(OP, FORWARD, arch_of(facts.device), key)
+    tile = (
+        f"{config['BLOCK_M']} x {config['BLOCK_N']} of {tokens} tokens, {config['num_warps']} warps"
+    )
+    if not facts.bias:
+        return tile
+    return f"{tile}, {'dense' if plans.is_dense(heads, tokens) else 'gathered'} bias"
+
+
+# Configs that ``tune`` tries.
+CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
+    "windows": {
+        "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "WINDOWS_INNER": (0, 1), "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+}  # fmt: skip
+_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What the test command compiles: every kernel, every form of mask and bias.
+GATED = {
+    "swin_t32.stage1.shifted": (
+        "bf16, forward", "bf16, forward, gathered", "bf16, forward, no bias", "bf16, backward", "fp32, forward",
+    ),
+    "swin_t32.stage1": ("bf16, forward",),
+    "n49.shifted": ("bf16, backward",),
+}  # fmt: skip
+
+
+def launches(
+    layer: str, shape: dict[str, Any], *, device: str, gated: bool = False
+) -> Iterator[Launch]:
+    """The launches of one row of ``shapes.yaml``.
+
+    Args:
+        device: ``"meta"`` or ``"cuda"``.
+        gated: only those that the test command compiles.
+    """
+    heads, dim = shape["heads"], shape["head_dim"]
+    window = tuple(shape["window"])
+    shift = tuple(shape.get("shift", (0, 0, 0)))
+    options = Options(
+        heads, window, shift, window, "torchvision", "cyclic", "kv", False, dim**-0.5, 0.0
+    )
+    rows = math.prod(2 * n - 1 for n in window)
+    size = shape["batch"], *shape["input"]
+    tokens = options.plan(size[1:]).tokens
+    for name, dtype in _TYPES.items():
+        qkv = torch.empty(*size, 3 * heads * dim, dtype=dtype, device=device)
+        table = torch.empty(rows, heads, device=device)
+        pad_kv = torch.empty(2, heads * dim, dtype=dtype, device=device)
+        if device != "meta":
+            qkv.normal_(), table.normal_(), pad_kv.normal_()
+        for variant, kernels, run in _variants(qkv, table, pad_kv, options, tokens):
+            label = f"{name}, {variant}"
+            if not gated or label in GATED.get(layer, ()):
+                key = dict(plans.config_key(dim, dtype, tokens))
+                yield Launch(f"{layer}, {label}", kernels, key, run)
+
+
+_Run = Callable[[], tuple[Tensor | None, ...]]
+
+
+def _variants(
+    qkv: Tensor, table: Tensor, pad_kv: Tensor, options: Options, tokens: int
+) -> Iterator[tuple[str, tuple[str, ...], _Run]]:
+    def fwd(bias: Tensor | None, dense: bool = True) -> tuple[Tensor | None, ...]:
+        limit = plans.DENSE_BYTES if dense else 0
+        with mock.patch.object(plans, "DENSE_BYTES", limit):
+            return forward(qkv, bias, pad_kv, None, options, True)
+
+    yield "forward", (FORWARD,), lambda: fwd(table)
+    yield "forward, gathered", (FORWARD,), lambda: fwd(table, False)
+    yield "forward, no bias", (FORWARD,), lambda: fwd(None)
+    out, lse = fwd(table) if qkv.device.type != "meta" else _empty_like(qkv, options)
+    assert out is not None and lse is not None
+    dout = torch.empty_like(out) if out.is_meta else torch.randn_like(out)
+    tiled = DELTA, DKV, DQ, DBIAS, DTABLE
+    yield (
+        "backward",
+        (SMALL, DTABLE) if tokens <= plans.ONE_TILE else tiled,
+        lambda: backward(dout, qkv, table, pad_kv, None, out, lse, (True, True, True), options),
+    )
+
+
+def _empty_like(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    *size, width = qkv.shape
+    lse = qkv.new_empty(size[0], options.num_heads, math.prod(size[1:]), dtype=_state(qkv.dtype))
+    return qkv.new_empty(*size, width // 3), lse

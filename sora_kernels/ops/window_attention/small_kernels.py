@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dot import dot
 from .kernels import (
     HIDDEN,
     LOG2E,
@@ -17,7 +18,6 @@ from .kernels import (
     _operand,
     _seen,
     _store_rows,
-    dot,
 )
 
 
@@ -44,8 +44,8 @@ def _window_attention_bwd_kernel(
     CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
     INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: a head, in ``share`` of the windows of all samples, one after the other. Scores are made once for all
-    gradients; the bias' stays in registers.
+    """One program: a head, in ``share`` of the windows of all samples, one after the other. Scores are made once for
+    all gradients; the bias' stays in registers.
     """
     pid = tl.program_id(0)
     head, split = pid % heads, pid // heads
@@ -72,7 +72,9 @@ def _window_attention_bwd_kernel(
         v = _load_rows(q_ptr + 2 * C, pad_v_ptr, token, stride_l, offs_d, DIM, BLOCK_D, PADS, INDEX)
         do = _load_rows(dout_ptr + o_offs, None, token, C, offs_d, DIM, BLOCK_D, False, INDEX)
         o = _load_rows(out_ptr + o_offs, None, token, C, offs_d, DIM, BLOCK_D, False, INDEX)
-        lse = tl.load(lse_ptr + (b * heads + head) * L + token, mask=token >= 0, other=UNSEEN) * LOG2E
+        lse = (
+            tl.load(lse_ptr + (b * heads + head) * L + token, mask=token >= 0, other=UNSEEN) * LOG2E
+        )
         delta = tl.sum(o.to(ACC) * do.to(ACC), 1)
         zero = (window >= W).to(tl.int32)  # see _window_attention_dbias_kernel
         if BIAS == "dense":
