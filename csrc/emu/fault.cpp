@@ -80,7 +80,7 @@ void with_faults_reported(void (*body)()) {
   const Where where(static_cast<const char*>(fault_instruction) + 1);
   if (const int stack = overflowed_stack(fault_address); stack >= 0)
     fail_at(where, "stack overflow: a thread has %zu bytes of local variables [%s]", kStackBytes, thread.c_str());
-  fail_at(where, "out of bounds: %s [%s]", describe_address(fault_address).c_str(), thread.c_str());
+  fail_at(where, "out of bounds: access at %s [%s]", describe_address(fault_address).c_str(), thread.c_str());
 }
 
 }  // namespace emu

@@ -14,7 +14,7 @@ bool releases(Order order) { return order == Order::release || order == Order::a
 bool acquires(Order order) { return order == Order::acquire || order == Order::acq_rel; }
 
 void access(const uint32_t* p, int kind, Site site) {
-  if (reinterpret_cast<uintptr_t>(p) % 4) fail(site, "misaligned: atomic %s", describe_address(p).c_str());
+  if (reinterpret_cast<uintptr_t>(p) % 4) fail(site, "misaligned: atomic access at %s", describe_address(p).c_str());
   check_access(p, 4, machine.current->cta, kind & kWrite, site);
   if (chance(0.1 + machine.options.preempt)) yield_now();
   record(*machine.current, p, 4, kAtomic | kind, site);

@@ -70,7 +70,7 @@ Region* region_of(const void* p) {
 std::string offset_text(const Region& region, const void* p) {
   const ptrdiff_t offset = static_cast<const unsigned char*>(p) - region.begin;
   char text[160];
-  snprintf(text, sizeof text, "%s %c %td of %zu bytes", region.name.c_str(), offset < 0 ? '-' : '+',
+  snprintf(text, sizeof text, "%s %c %td (of %zu bytes)", region.name.c_str(), offset < 0 ? '-' : '+',
            offset < 0 ? -offset : offset, region.bytes);
   return text;
 }
@@ -110,9 +110,9 @@ void check_slack() {
 
 std::string describe_address(const void* p) {
   char text[96];
-  snprintf(text, sizeof text, "access at address %p", p);
+  snprintf(text, sizeof text, "address 0x%zx", reinterpret_cast<size_t>(p));
   const Region* region = region_of(p);
-  return region ? "access at " + offset_text(*region, p) : text;
+  return region ? offset_text(*region, p) : text;
 }
 
 Region* check_access(const void* p, size_t bytes, const Cta* cta, bool write, const Where& where) {

@@ -282,7 +282,7 @@ void fail_at(const Where& where, const char* format, ...) {
   machine.current = nullptr;
   std::string report = message;
   if (where.file || where.at) report = text(where) + ": " + report;
-  if (thread && report.find("CTA") == std::string::npos) report += " [" + name(*thread) + "]";
+  if (thread && report.find("thread ") == std::string::npos) report += " [" + name(*thread) + "]";
   if (machine.result.ok) machine.result.report = report;
   machine.result.ok = false;
   if (!thread) throw Abort{};

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # emulation.py and mutation.py
+
 ORDER = ("generic", "avx2", "avx512")
 
 

@@ -59,7 +59,9 @@ def compiler() -> tuple[str, ...]:
     return tuple(found.command)
 
 
-def build(source: Path, *, race: bool, text: str | None = None, defines: Sequence[str] = ()) -> Path:
+def build(
+    source: Path, *, race: bool, text: str | None = None, defines: Sequence[str] = ()
+) -> Path:
     """The shared library of a ``.cu`` file with the emulation, from the cache if nothing has changed.
 
     Args:
@@ -84,24 +86,44 @@ def build(source: Path, *, race: bool, text: str | None = None, defines: Sequenc
     return library
 
 
+def build_cuda(source: Path) -> Path:
+    """The shared library of a ``.cu`` file for the GPU of this machine."""
+    toolchain = runpy.run_path(str(CSRC / "toolchain.py"))
+    nvcc = toolchain["find_nvcc"]()
+    if isinstance(nvcc, toolchain["Missing"]):
+        raise NoCompiler(f"no {nvcc.what}")
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if major >= 9 else "")
+    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{CSRC}"]
+    digest = _digest([nvcc.version, *flags], _csrc_headers(), source.read_text())
+    library = CACHE / f"{source.stem}-sm_{arch}-{digest}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}")
+        command = [nvcc.path, *nvcc.host_flags, *flags, "-Xcompiler=-fPIC", "-shared"]
+        _run([*command, str(source), "-o", str(part)])
+        part.rename(library)
+    return library
+
+
 @cache
 def _machine() -> tuple[Path, ...]:
-    """The objects of csrc/emu, compiled together."""
+    """csrc/emu, compiled in two halves: the headers cost more than the code."""
     sources = sorted((CSRC / "emu").glob("*.cpp"))
-    headers = _csrc_headers()
+    digest = _digest(MACHINE_FLAGS, [*_csrc_headers(), *sources])
 
-    def compiled(source: Path) -> Path:
-        digest = _digest(MACHINE_FLAGS, headers, source.read_text(), source.name)
-        target = CACHE / f"{source.stem}-{digest}.o"
+    def compiled(half: int) -> Path:
+        target = CACHE / f"machine{half}-{digest}.o"
         if not target.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             part = target.with_suffix(f".{os.getpid()}")
-            _run([*compiler(), *MACHINE_FLAGS, "-c", str(source), "-o", str(part)])
+            text = "".join(f'#include "{source}"\n' for source in sources[half::2])
+            _run([*compiler(), *MACHINE_FLAGS, "-x", "c++", "-c", "-", "-o", str(part)], text)
             part.rename(target)
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return tuple(pool.map(compiled, sources))
+        return tuple(pool.map(compiled, (0, 1)))
 
 
 @cache
