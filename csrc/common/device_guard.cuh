@@ -1,9 +1,22 @@
 // Makes a device current for one call.
 #pragma once
 
+#if !defined(SORA_HOST_EMULATION)
 #include <cuda_runtime.h>
+#endif
 
 namespace sora {
+
+#if defined(SORA_HOST_EMULATION)
+
+// The emulation is its only device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+  int error() const { return 0; }
+};
+
+#else
 
 // The runtime is linked statically, so the current device is not the one that torch has set.
 class DeviceGuard {
@@ -27,5 +40,7 @@ class DeviceGuard {
   bool changed_ = false;
   cudaError_t error_;
 };
+
+#endif
 
 }  // namespace sora

@@ -10,15 +10,10 @@
 #include "resident_float.cuh"
 #include "resident_rows.cuh"
 #include "resident_tile.cuh"
+#include "resident_traits.cuh"
 
 namespace sora {
 namespace resident {
-
-// Gates in w_hh, and columns of the tape in units of H. rnn_tanh stands for both kinds of RNN.
-template <Cell kCell>
-constexpr int kGatesOf = kCell == Cell::lstm ? 4 : kCell == Cell::gru ? 3 : 1;
-template <Cell kCell>
-constexpr int kTapeOf = kCell == Cell::lstm || kCell == Cell::gru ? 4 : 0;
 
 constexpr int kStepsToL2 = 4;  // between the request for gx to L2 and its load
 
@@ -209,6 +204,15 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
       store_pair<Element, kAccess>(static_cast<Element*>(args.c_n) + state, pair_of<Element>(c[i], c[2 + i]), write);
   }
 }
+
+// For launch_pass.
+struct ForwardPass {
+  using Args = LstmResidentForward;
+  template <class Element, int kUnits, Cell kCell>
+  using Shared = ForwardShared<Element, kUnits>;
+  template <class Element, int kUnits, Cell kCell, Access kAccess, bool kRagged>
+  static constexpr auto kernel = &lstm_resident_fwd_kernel<Element, kUnits, kCell, kAccess, kRagged>;
+};
 
 }  // namespace resident
 }  // namespace sora

@@ -17,18 +17,13 @@
 #include "../common/launch.cuh"
 #include "../common/memory.cuh"
 #include "../common/mma.cuh"
+#include "resident_launch.h"
 
 namespace sora {
 namespace resident {
 
 constexpr int kRows = 8;           // of the batch, in one CTA: n of the mma
 constexpr int kUnitsPerWarp = 16;  // m of the mma
-
-// How pairs of neighbouring units are read and written.
-//   exact    H is the kernel's own size: whole pairs at aligned addresses, none absent
-//   pairs    H is even and less: a pair is there or not
-//   singles  H is odd, or an array starts at an odd element: unit by unit
-enum class Access { exact, pairs, singles };
 
 // ---- pairs of units -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,12 @@
+#include "resident_bwd.cuh"
+#include "resident_launch.cuh"
+
+namespace sora {
+namespace resident {
+
+int launch_backward_bf16(const LstmResidentBackward& args, Access access, void* stream) {
+  return launch_pass<BackwardPass, BFloat16>(args, access, stream);
+}
+
+}  // namespace resident
+}  // namespace sora

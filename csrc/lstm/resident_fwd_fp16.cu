@@ -1,0 +1,12 @@
+#include "resident_fwd.cuh"
+#include "resident_launch.cuh"
+
+namespace sora {
+namespace resident {
+
+int launch_forward_fp16(const LstmResidentForward& args, Access access, void* stream) {
+  return launch_pass<ForwardPass, Half>(args, access, stream);
+}
+
+}  // namespace resident
+}  // namespace sora

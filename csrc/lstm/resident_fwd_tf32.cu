@@ -1,0 +1,12 @@
+#include "resident_fwd.cuh"
+#include "resident_launch.cuh"
+
+namespace sora {
+namespace resident {
+
+int launch_forward_tf32(const LstmResidentForward& args, Access access, void* stream) {
+  return launch_pass<ForwardPass, float>(args, access, stream);
+}
+
+}  // namespace resident
+}  // namespace sora

@@ -1,0 +1,60 @@
+// Which instantiation runs. For each element type and cell:
+//   plain    H is 32, 64 or (16 bits) 128, all rows have T steps, no resets
+//   ragged   lengths, offsets, resets, any even H up to the kernel's
+//   singles  the same for odd H and odd addresses, of one size
+#pragma once
+
+#include "resident_launch.h"
+#include "resident_traits.cuh"
+
+namespace sora {
+namespace resident {
+
+// Pass: Args, and kernel<Element, kUnits, kCell, kAccess, kRagged>, Shared<Element, kUnits, kCell>.
+template <class Pass, class Element, int kUnits, Cell kCell, Access kAccess, bool kRagged>
+int launch(const typename Pass::Args& args, void* stream) {
+  const auto& shape = args.shape;
+  LaunchConfig config;
+  config.grid = {unsigned((shape.B + kRows - 1) / kRows), unsigned(shape.D), unsigned(shape.members)};
+  config.block.x = 2 * kUnits;
+  config.shared_bytes = sizeof(typename Pass::template Shared<Element, kUnits, kCell>);
+  return launch_kernel(Pass::template kernel<Element, kUnits, kCell, kAccess, kRagged>, config, stream, args);
+}
+
+template <class Pass, class Element, int kUnits, Cell kCell>
+int launch_size(const typename Pass::Args& args, Access access, void* stream) {
+  const auto& shape = args.shape;
+  if (access == Access::exact && shape.H == kUnits && !shape.lengths && !shape.offsets && !shape.reset)
+    return launch<Pass, Element, kUnits, kCell, Access::exact, false>(args, stream);
+  return launch<Pass, Element, kUnits, kCell, Access::pairs, true>(args, stream);
+}
+
+// The emulation compiles the smallest and the largest only: sizes differ in a number.
+#if defined(SORA_HOST_EMULATION)
+constexpr bool kMiddleSize = false;
+#else
+constexpr bool kMiddleSize = true;
+#endif
+
+template <class Pass, class Element, Cell kCell>
+int launch_cell(const typename Pass::Args& args, Access access, void* stream) {
+  constexpr int kMost = sizeof(Element) == 2 ? 128 : 64;
+  const int64_t H = args.shape.H;
+  if (access == Access::singles) return launch<Pass, Element, kMost, kCell, Access::singles, true>(args, stream);
+  if (H <= 32) return launch_size<Pass, Element, 32, kCell>(args, access, stream);
+  if constexpr (kMiddleSize && kMost > 64)
+    if (H <= 64) return launch_size<Pass, Element, 64, kCell>(args, access, stream);
+  return launch_size<Pass, Element, kMost, kCell>(args, access, stream);
+}
+
+template <class Pass, class Element>
+int launch_pass(const typename Pass::Args& args, Access access, void* stream) {
+  switch (args.shape.cell) {
+    case Cell::lstm: return launch_cell<Pass, Element, Cell::lstm>(args, access, stream);
+    case Cell::gru: return launch_cell<Pass, Element, Cell::gru>(args, access, stream);
+    default: return launch_cell<Pass, Element, Cell::rnn_tanh>(args, access, stream);
+  }
+}
+
+}  // namespace resident
+}  // namespace sora
