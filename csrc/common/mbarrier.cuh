@@ -1,7 +1,8 @@
 // mbarriers: barriers in shared memory that count arrivals and the bytes of asynchronous copies.
 //
 //   struct Shared { alignas(8) Mbarrier full[2]; ... };     uint32_t full = shared_address(&s.full[i]);
-//   mbarrier_init(b, arrivals)             by one thread; then fence_mbarrier_init() and a barrier before anybody's use
+//   mbarrier_init(b, arrivals)             by one thread; then a barrier before anybody's use, and before that barrier
+//                                          fence_mbarrier_init() if copies or other CTAs will signal it
 //   mbarrier_arrive(b)                     an arrival at this CTA's own barrier: release, Scope::cta
 //   mbarrier_arrive_expect_tx(b, bytes)    the same, and the phase waits for `bytes` more
 //   mbarrier_expect_tx(b, bytes)           no arrival, no order
@@ -25,7 +26,7 @@ using Mbarrier = uint64_t;
 SORA_DEVICE void mbarrier_init(uint32_t mbarrier, unsigned arrivals SORA_AND_SITE) {
   emu::mbarrier_init(mbarrier, arrivals, site);
 }
-SORA_DEVICE void fence_mbarrier_init() {}  // the init is a generic store: any barrier carries it to the cluster
+SORA_DEVICE void fence_mbarrier_init(SORA_SITE) { emu::fence_mbarrier_init(site); }
 SORA_DEVICE void mbarrier_arrive(uint32_t mbarrier SORA_AND_SITE) {
   emu::mbarrier_arrive(mbarrier, 0, false, emu::Order::release, Scope::cta, site);
 }

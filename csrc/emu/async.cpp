@@ -19,7 +19,8 @@ Stamp own_stamp() {
   return now;
 }
 
-MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, const char* what, const Where& where) {
+// remote: by a copy or from another CTA.
+MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, bool remote, const char* what, const Where& where) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
     fail_at(where, "%s at shared memory of CTA %u + %u: no mbarrier was initialised there", what, cta.number, offset);
@@ -31,6 +32,9 @@ MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, const ch
   if (machine.options.race && !user.covers(state.init_agent, state.init_step))
     fail_at(where, "race: %s on the mbarrier at shared memory of CTA %u + %u, unordered with its initialisation at %s",
             what, cta.number, offset, text(state.init_where).c_str());
+  if (machine.options.race && remote && !state.init_fenced)
+    fail_at(where, "race: %s on the mbarrier at shared memory of CTA %u + %u, no fence_mbarrier_init since its initialisation at %s",
+            what, cta.number, offset, text(state.init_where).c_str());
   return state;
 }
 
@@ -38,7 +42,8 @@ MbarrierState& mbarrier_at(uint32_t address, bool remote, const char* what, Site
   shared_pointer(address, 8, 8, remote, site);
   const Thread& thread = *machine.current;
   const View user(thread.known, thread.agent(), thread.step);
-  return mbarrier_in(*target_of(address, remote, site), offset_of(address), user, what, site);
+  Cta* target = target_of(address, remote, site);
+  return mbarrier_in(*target, offset_of(address), user, target != thread.cta, what, site);
 }
 
 void complete_if_due(Cta& cta, MbarrierState& state, const Where& where) {
@@ -76,7 +81,7 @@ void land_cp(Copy& copy) {
   std::memset(copy.to + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
   for (const auto& arrival : copy.arrivals) {
     if (--arrival->copies > 0) continue;
-    MbarrierState& state = mbarrier_in(*arrival->cta, arrival->mbarrier, arrival->stamp, "arrival of cp.async", arrival->where);
+    MbarrierState& state = mbarrier_in(*arrival->cta, arrival->mbarrier, arrival->stamp, false, "arrival of cp.async", arrival->where);
     release_to(state.arriving, arrival->stamp, *arrival->cta, Scope::cta);
     if (machine.options.race)
       for (auto& [domain, known] : state.arriving) known.ordered.set(arrival->copier, arrival->sequence);
@@ -88,7 +93,7 @@ void land_by_mbarrier(Copy& copy) {
   if (copy.target->alive == 0) fail_at(copy.where, "a copy lands in CTA rank %u, which has exited", copy.target->rank);
   if (copy.kind == Copy::bulk_shared && copy.source->alive == 0)
     fail_at(copy.where, "a bulk copy reads the shared memory of CTA rank %u, which has exited", copy.source->rank);
-  MbarrierState& state = mbarrier_in(*copy.target, copy.mbarrier, copy.stamp, "complete_tx", copy.where);
+  MbarrierState& state = mbarrier_in(*copy.target, copy.mbarrier, copy.stamp, true, "complete_tx", copy.where);
   const Agent agent = mbarrier_agent(copy.target->number, state.number);
   const uint32_t step = state.phase + 1;  // known to those who see this phase complete
   const int proxy = copy.kind == Copy::store ? 0 : kAsyncProxy;
@@ -276,6 +281,17 @@ void mbarrier_init(uint32_t mbarrier, unsigned count, Site site) {
   state.init_step = thread.step;
   state.init_where = site;
   cta.mbarriers[offset] = state;
+}
+
+void fence_inits(const Thread& thread) {
+  if (!machine.options.race) return;
+  for (auto& [offset, state] : thread.cta->mbarriers)
+    if (state.init_agent == thread.agent()) state.init_fenced = true;
+}
+
+void fence_mbarrier_init(Site) {
+  preempt_point();
+  fence_inits(*machine.current);
 }
 
 void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site) {

@@ -121,6 +121,7 @@ void bulk_shared_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t
 void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32_t mbarrier, unsigned ranks, Site site);
 
 void mbarrier_init(uint32_t mbarrier, unsigned count, Site site);
+void fence_mbarrier_init(Site site);
 void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site);
 void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Site site);
 void cp_async_mbarrier_arrive(uint32_t mbarrier, Site site);

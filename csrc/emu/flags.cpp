@@ -93,6 +93,7 @@ void fence_proxy_async(Site) {
   preempt_point();
   if (!machine.options.race) return;
   Thread& thread = *machine.current;
+  fence_inits(thread);
   thread.known.fenced.join(thread.known.ordered);
   thread.known.fenced.set(thread.agent(), thread.step++);
 }

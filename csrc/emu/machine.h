@@ -84,6 +84,7 @@ struct MbarrierState {
   Released arriving, complete;
   Agent init_agent = kNobody;
   uint32_t init_step = 0;
+  bool init_fenced = false;
   Where init_where;
 };
 
@@ -189,6 +190,7 @@ void reset_records();
 void forget_flags();
 
 // ---- async.cpp
+void fence_inits(const Thread& thread);  // the mbarriers that the thread has initialised: for copies and other CTAs
 void land(Copy& copy);
 void deliver_one();
 

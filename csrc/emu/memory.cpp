@@ -12,7 +12,7 @@
 namespace emu {
 namespace {
 
-constexpr size_t kGuard = 1 << 20;  // an index that is a little wrong still meets a guard page
+constexpr size_t kGuard = 64 << 20;  // of addresses, not of memory: an index far off still meets it
 constexpr unsigned char kPoison = 0xff;
 constexpr uint32_t kFirstOffset = 1024;  // a shared address is never 0, as on the GPU
 constexpr uint32_t kWindow = 1u << 24;   // of one CTA: rank + 1; window 0 is the CTA's own

@@ -20,8 +20,9 @@ import os
 import runpy
 import shlex
 import subprocess
+import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
-FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-DSORA_HOST_EMULATION", f"-I{CSRC}"]
+FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-DSORA_HOST_EMULATION"]
 # The machine is never instrumented; a kernel's file is for the race detector, whose hooks the machine has.
 MACHINE_FLAGS = [*FLAGS, "-O2"]
 KERNEL_FLAGS = {False: [*FLAGS, "-O1"], True: [*FLAGS, "-O1", "-fsanitize=thread"]}
@@ -60,30 +61,51 @@ def compiler() -> tuple[str, ...]:
 
 
 def build(
-    source: Path, *, race: bool, text: str | None = None, defines: Sequence[str] = ()
+    source: Path,
+    *,
+    race: bool,
+    replaced: Mapping[Path, str] | None = None,
+    defines: Sequence[str] = (),
 ) -> Path:
     """The shared library of a ``.cu`` file with the emulation, from the cache if nothing has changed.
 
     Args:
         source: its folder and ``csrc`` are where ``#include`` looks.
         race: instrumented for the race detector.
-        text: what to compile in the place of the file's contents.
+        replaced: other contents for the source or for headers of those folders.
         defines: macros, as ``"NAME=value"``.
     """
-    contents = source.read_text() if text is None else text
-    flags = [*KERNEL_FLAGS[race], *(f"-D{d}" for d in defines), f"-I{source.parent}"]
-    headers = [p for p in sorted(source.parent.glob("*.cuh")) if p.is_file()]
+    other = {path.resolve(): text for path, text in (replaced or {}).items()}
+    contents = other.get(source.resolve(), source.read_text())
+    flags = [*KERNEL_FLAGS[race], *(f"-D{d}" for d in defines)]
+    headers = [*_headers(CSRC), *_headers(source.parent)]
     machine = _machine()
-    digest = _digest(flags, [*_csrc_headers(), *headers], contents, str(machine))
-    library = CACHE / f"{source.stem}-{'race' if race else 'plain'}-{digest}.so"
-    if not library.exists():
-        object_file = library.with_suffix(f".{os.getpid()}.o")
+    texts = (contents, *(f"{path}{text}" for path, text in other.items()), *map(str, machine))
+    library = (
+        CACHE / f"{source.stem}-{'race' if race else 'plain'}-{_digest(flags, headers, *texts)}.so"
+    )
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [source.parent, CSRC]
+        if other:  # a quoted include looks beside the file that has it: whole copies of the folders
+            folders = [_copied(root, Path(folder, str(k)), other) for k, root in enumerate(folders)]
+        object_file = Path(folder, "kernels.o")
+        includes = [f"-I{path}" for path in folders]
         # The file's own name, for the lines in reports.
-        named = f'# 1 "{source}"\n{contents}'
-        _run([*compiler(), *flags, "-x", "c++", "-c", "-", "-o", str(object_file)], named)
+        text = f'# 1 "{source}"\n{contents}'
+        _run([*compiler(), *flags, *includes, "-x", "c++", "-c", "-", "-o", str(object_file)], text)
         _link([object_file, *machine], library)
-        object_file.unlink()
     return library
+
+
+def _copied(root: Path, target: Path, replaced: Mapping[Path, str]) -> Path:
+    for header in _headers(root):
+        copy = target / header.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = replaced.get(header.resolve(), header.read_text())
+        copy.write_text(f'# 1 "{header}"\n{text}')
+    return target
 
 
 def build_cuda(source: Path) -> Path:
@@ -95,7 +117,7 @@ def build_cuda(source: Path) -> Path:
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
     flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{CSRC}"]
-    digest = _digest([nvcc.version, *flags], _csrc_headers(), source.read_text())
+    digest = _digest([nvcc.version, *flags], _headers(CSRC), source.read_text())
     library = CACHE / f"{source.stem}-sm_{arch}-{digest}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -110,7 +132,7 @@ def build_cuda(source: Path) -> Path:
 def _machine() -> tuple[Path, ...]:
     """csrc/emu, compiled in two halves: the headers cost more than the code."""
     sources = sorted((CSRC / "emu").glob("*.cpp"))
-    digest = _digest(MACHINE_FLAGS, [*_csrc_headers(), *sources])
+    digest = _digest(MACHINE_FLAGS, [*_headers(CSRC), *sources])
 
     def compiled(half: int) -> Path:
         target = CACHE / f"machine{half}-{digest}.o"
@@ -127,8 +149,8 @@ def _machine() -> tuple[Path, ...]:
 
 
 @cache
-def _csrc_headers() -> tuple[Path, ...]:
-    return tuple(p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh"))
+def _headers(folder: Path) -> tuple[Path, ...]:
+    return tuple(p for p in sorted(folder.rglob("*")) if p.suffix in (".h", ".cuh"))
 
 
 def _digest(flags: Sequence[str], headers: Sequence[Path], *texts: str) -> str:

@@ -45,6 +45,7 @@ MISUSE = {
 RACES = {
     "no_proxy_fence": "no fence.proxy.async since the write",
     "mbarrier_used_before_it_is_known": "unordered with its initialisation",
+    "no_fence_after_init": "no fence_mbarrier_init since its initialisation",
 }
 RACE_NAMES = [
     name for name in re.findall(r"SORA_CASE\((\w+), \d", ERRORS.read_text()) if name not in MISUSE

@@ -45,7 +45,7 @@ SORA_KERNEL(64) vector_load_past_the_end(uint32_t* data, int) {
   data[0] = load<U32x4>(data + 252).x;  // vector_load_past_the_end
 }
 SORA_KERNEL(64) cp_async_past_the_end(uint32_t* data, int n) {
-  cp_async<16>(shared_address(s().x), data + i() * unsigned(n));  // cp_async_past_the_end
+  cp_async<16>(shared_address(&s().x[4 * i()]), data + i() * unsigned(n));  // cp_async_past_the_end
 }
 SORA_KERNEL(64) null_pointer(uint32_t* data, int) {
   data = data[0] == 12345 ? data : nullptr;
@@ -117,7 +117,10 @@ SORA_KERNEL(64) flag_that_nobody_sets(uint32_t* data, int) {
   if (i() == 0) wait_until<Scope::gpu>(data, 1000);  // flag_that_nobody_sets
 }
 SORA_KERNEL(64) data_and_mbarrier_apart(uint32_t*, int) {
-  if (i() == 0) mbarrier_init(full(), 1);
+  if (i() == 0) {
+    mbarrier_init(full(), 1);
+    fence_mbarrier_init();
+  }
   sync_warp();
   cluster_sync();
   if (i() == 0 && cluster_rank() == 0) st_async(map_to_rank(shared_address(s().x), 1), 1u, full());  // data_and_mbarrier_apart
@@ -251,6 +254,12 @@ SORA_KERNEL(64) mbarrier_used_before_it_is_known(uint32_t*, int) {
   shuffle(1u, 0);
   if (i() == 1) mbarrier_arrive(full());  // mbarrier_used_before_it_is_known
 }
+SORA_KERNEL(64) no_fence_after_init(uint32_t*, int) {
+  if (i() == 0) mbarrier_init(full(), 1);  // no_fence_after_init
+  cluster_sync();
+  if (i() == 0 && cluster_rank() == 0) mbarrier_arrive_cluster(map_to_rank(full(), 1));  // no_fence_after_init
+  cluster_sync();
+}
 SORA_KERNEL(64) relaxed_cluster_barrier(uint32_t* data, int) {
   s().x[i()] = i();  // relaxed_cluster_barrier
   cluster_arrive_relaxed();
@@ -259,7 +268,10 @@ SORA_KERNEL(64) relaxed_cluster_barrier(uint32_t* data, int) {
   cluster_sync();
 }
 SORA_KERNEL(64) remote_arrival_seen_in_cta_scope(uint32_t*, int) {
-  if (i() == 0) mbarrier_init(full(), 1);
+  if (i() == 0) {
+    mbarrier_init(full(), 1);
+    fence_mbarrier_init();
+  }
   sync_warp();
   cluster_sync();
   if (i() == 0 && cluster_rank() == 0) {
@@ -276,6 +288,7 @@ SORA_KERNEL(64) remote_arrival_seen_in_cta_scope(uint32_t*, int) {
 SORA_KERNEL(64) no_proxy_fence(uint32_t* data, int) {
   if (i() == 0) {
     mbarrier_init(full(), 1);
+    fence_mbarrier_init();
     mbarrier_arrive_expect_tx(full(), 64);
   }
   if (i() < 16) s().x[i()] = i();  // no_proxy_fence
@@ -287,6 +300,7 @@ SORA_KERNEL(64) no_proxy_fence(uint32_t* data, int) {
 SORA_KERNEL(64) source_overwritten_under_a_bulk_copy(uint32_t* data, int) {
   if (i() == 0) {
     mbarrier_init(full(), 1);
+    fence_mbarrier_init();
     mbarrier_arrive_expect_tx(full(), 64);
   }
   if (i() < 16) s().x[i()] = i();
@@ -348,6 +362,7 @@ const Case kCases[] = {
     SORA_CASE(plain_read_of_a_flag, 2, 1, true),
     SORA_CASE(arrive_is_no_acquire, 1, 1, false),
     SORA_CASE(mbarrier_used_before_it_is_known, 1, 1, false),
+    SORA_CASE(no_fence_after_init, 2, 2, false),
     SORA_CASE(relaxed_cluster_barrier, 2, 2, false),
     SORA_CASE(remote_arrival_seen_in_cta_scope, 2, 2, false),
     SORA_CASE(no_proxy_fence, 1, 1, false),
