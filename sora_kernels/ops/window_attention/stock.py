@@ -246,32 +246,33 @@ def _gradients(
             bias = bias.expand(m, heads, n, n).reshape(batch, n, n)
         do, lse, delta = (x.transpose(1, 2).reshape(batch, n, -1) for x in (do, lse, delta))
         factor = None if factor is None else factor.flatten(0, 1)
-        ds = _attend_backward(rows.unbind(0), do, bias, lse, delta, factor, scale, found.unbind(0))
+        ds = _attend_backward(rows.unbind(0), do, bias, lse, delta, factor, scale, found)
         if dbias is not None:
             dbias += ds.view(m, heads, n, n).sum(0)
         return found.view(3, m, heads, n, dim).permute(1, 3, 0, 2, 4)
-    # Head by head: the products read and write rows where they lie.
-    found = torch.empty_like(qkv)
+    # Head by head: the products read rows where they lie. What they write has to be dense to be made together.
+    found, own = torch.empty_like(qkv), qkv.new_empty(3, m, n, dim)
     for h in range(heads):
         ds = _attend_backward(
             qkv[:, :, :, h].unbind(2), do[:, :, h], None if bias is None else bias[:, h], lse[:, :, h],
-            delta[:, :, h], None if factor is None else factor[:, h], scale, found[:, :, :, h].unbind(2),
+            delta[:, :, h], None if factor is None else factor[:, h], scale, own,
         )  # fmt: skip
+        found[:, :, :, h] = own.permute(1, 2, 0, 3)
         if dbias is not None:
-            dbias[h] += ds.sum(0)
+            dbias[h] += ds[0] if m == 1 else ds.sum(0)
     return found
 
 
 def _attend_backward(
     qkv: Sequence[Tensor], do: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor, factor: Tensor | None,
-    scale: float, grads: Sequence[Tensor],
+    scale: float, grads: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Writes dq, dk, dv ``[b, n, dim]`` and gives back the gradient of the scores ``[b, n, n]``; bias and lse in base 2.
+    """Writes dq, dk, dv ``[3, b, n, dim]`` and gives back the gradient of the scores ``[b, n, n]``; bias and lse in base 2.
 
     What is to be added to a product is there before it, and so costs no pass of its own.
     """
     q, k, v = qkv
-    dq, dk, dv = grads
+    dq, dk, dv = grads.unbind(0)
     weights = -lse.expand(*q.shape[:2], q.shape[1]) if bias is None else bias - lse
     weights.baddbmm_(q, k.transpose(1, 2), alpha=scale * _LOG2E).exp2_()
     if factor is None:
