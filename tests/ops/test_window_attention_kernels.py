@@ -57,7 +57,7 @@ def small_tiles(monkeypatch) -> Iterator[None]:
 
 def asked(window: tuple[int, ...], shift=(0, 0, 0), dim: int = 16, **others: Any) -> Options:
     own = {
-        "num_heads": 2, "table_window": window, "bias_index": "torchvision", "border": "cyclic", "pad": "kv",
+        "num_heads": 1, "table_window": window, "bias_index": "torchvision", "border": "cyclic", "pad": "kv",
         "causal_t": False, "scale": dim**-0.5, "dropout_p": 0.0,
     }  # fmt: skip
     return Options(window=window, shift=shift, **{**own, **others})  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ class Call:
     ):
         size, options, bias = FORMS[form]
         self.options = options._replace(scale=dim**-0.5, **others)
-        heads = options.num_heads
+        heads = self.options.num_heads
         self.qkv = torch.randn(batch, *size, 3 * heads * dim).to(dtype)
         self.pad_kv = torch.randn(2, heads * dim).to(dtype)
         rows = math.prod(2 * n - 1 for n in options.table_window)
@@ -161,12 +161,12 @@ def test_dtypes(form, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_one_kernel_in_other_dtypes(dtype, monkeypatch):
     monkeypatch.setattr(plans, "ONE_TILE", 64)
-    Call("shifted, padded", dtype, batch=2).check()
+    Call("shifted, padded", dtype, batch=2, num_heads=2).check()
 
 
-@pytest.mark.parametrize("dim", [8, 24, 32, 64])
+@pytest.mark.parametrize("dim", [8, 24, 64])
 def test_head_dims(dim):
-    Call("shifted, padded", dim=dim, batch=2 if dim == 24 else 1).check()
+    Call("shifted, padded", dim=dim, num_heads=2 if dim == 24 else 1).check()
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7])
@@ -187,7 +187,7 @@ def test_dropout(p, one_tile, monkeypatch):
 def _kept_kernel(seed_ptr, row_ptr, key_ptr, out_ptr, THRESHOLD: tl.constexpr, SIZE: tl.constexpr):
     offs = tl.arange(0, SIZE)
     row, key = tl.load(row_ptr + offs)[:, None], tl.load(key_ptr + offs)[None, :]
-    kept = _kept(tl.load(seed_ptr), row, key, THRESHOLD, tl.float64)
+    kept = _kept(tl.load(seed_ptr), row, key, THRESHOLD, 4 / 3, tl.float64)
     tl.store(out_ptr + offs[:, None] * SIZE + offs[None, :], kept)
 
 
@@ -236,10 +236,9 @@ def test_one_gradient_alone(number):
 
 
 @pytest.mark.parametrize("one_tile", [0, 64], ids=["tiled", "one kernel"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(one_tile, dropout_p, monkeypatch):
+def test_gradcheck(one_tile, monkeypatch):
     monkeypatch.setattr(plans, "ONE_TILE", one_tile)
-    call = Call("shifted, padded", torch.float64, dropout_p=dropout_p)
+    call = Call("shifted, padded", torch.float64, dropout_p=0.4)
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -325,11 +324,11 @@ def test_no_overflow(checked_overflow):
     ("change", "message"),
     [
         ({"qkv": torch.zeros(1, 3, 5, 4, 95)}, "qkv: expected"),
-        ({"qkv": torch.zeros(1, 2, 4, 4, 6 * 129)}, "head_dim is 129"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 3 * 129)}, "head_dim is 129"),
         ({"table": torch.zeros(7, 2)}, "bias_table: expected"),
         ({"pad_kv": torch.zeros(2, 33)}, "pad_kv: expected"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed: expected"),
-        ({"dout": torch.zeros(1, 3, 5, 4, 31)}, "dout: expected"),
+        ({"dout": torch.zeros(1, 3, 5, 4, 15)}, "dout: expected"),
     ],
 )
 def test_errors(change, message):

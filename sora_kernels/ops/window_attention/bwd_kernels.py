@@ -75,8 +75,8 @@ def _window_attention_dq_kernel(
     dqkv_ptr,  # [B, L, 3, heads, D]
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window."""
@@ -143,7 +143,7 @@ def _window_attention_dq_kernel(
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION)
         p = tl.exp2(s * (SCALE * LOG2E) - lse[:, None])
         if THRESHOLD:
-            dp *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
+            dp *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, KEPT, ACC)
         ds = p * (dp - delta[:, None])
         dq = dot(_operand(ds, k), k, dq, PRECISION)
     dqkv_ptr += b * L * 3 * C + head * DIM
@@ -159,8 +159,8 @@ def _window_attention_dkv_kernel(
     dpad_ptr,  # [B, pads, 2, heads, D] or None
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle, pads,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a key tile of a head of a window. Scores are ``[keys, queries]``, so that weights and dS go from
@@ -230,7 +230,7 @@ def _window_attention_dkv_kernel(
         p = tl.exp2(s * (SCALE * LOG2E) - lse[None, :])
         if THRESHOLD:
             row = (b * L + token_q) * heads + head
-            kept = _kept(seed, row[None, :], offs_n[:, None], THRESHOLD, ACC)
+            kept = _kept(seed, row[None, :], offs_n[:, None], THRESHOLD, KEPT, ACC)
             dv = dot(_operand(p * kept, do), do, dv, PRECISION)
             dp *= kept
         else:
@@ -255,8 +255,8 @@ def _window_attention_dbias_kernel(
     part_ptr,  # [splits, heads, NP, NP]
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle, share,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile and a key tile of a head, summed over ``share`` of the windows of all samples."""
     pid = tl.program_id(0)
@@ -314,7 +314,7 @@ def _window_attention_dbias_kernel(
         p = tl.exp2(s * (SCALE * LOG2E) - lse[:, None])
         if THRESHOLD:
             row = (b * L + token_q) * heads + head
-            dp *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
+            dp *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, KEPT, ACC)
         dbias += p * (dp - delta[:, None])
         sums_ptr += heads * 2 * NP
         window += 1  # a division costs more

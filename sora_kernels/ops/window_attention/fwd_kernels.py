@@ -37,8 +37,8 @@ def _window_attention_fwd_kernel(
     lse_ptr,  # [B, heads, L] or None
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window. ``pairs`` is B * W."""
@@ -105,7 +105,7 @@ def _window_attention_fwd_kernel(
         shrunk = tl.exp2(m - highest)
         l = l * shrunk + tl.sum(p, 1)  # noqa: E741
         if THRESHOLD:
-            p *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, ACC)
+            p *= _kept(seed, row[:, None], offs_n[None, :], THRESHOLD, KEPT, ACC)
         acc = dot(_operand(p, v), v, acc * shrunk[:, None], PRECISION)
         m = highest
     out_ptr += (b * L * heads + head) * DIM

@@ -90,7 +90,7 @@ def _seen(code_q, code_k, span, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _kept(seed, row, key, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
+def _kept(seed, row, key, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr):
     """Factors of attention weights under dropout, as reference.kept.
 
     Args:
@@ -102,5 +102,4 @@ def _kept(seed, row, key, THRESHOLD: tl.constexpr, ACC: tl.constexpr):
         low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
         key = key.to(tl.uint32)
         word, _, _, _ = tl.philox(seed, key, low, high, tl.zeros_like(key))
-        SCALE: tl.constexpr = 1.0 / (1.0 - THRESHOLD / 4294967296.0)
-        return tl.where(word >= THRESHOLD, SCALE, 0.0).to(ACC)
+        return (word >= THRESHOLD).to(ACC) * KEPT

@@ -34,7 +34,7 @@ WIDEST = (1 << 31) - (
 DENSE_BYTES = 1 << 30  # of a dense bias; a larger one is gathered from the table
 # What configs and constants a kernel does not take, beside those that all do.
 _WITHOUT = {
-    DELTA: ("PADS", "MASK", "CAUSAL", "CLASSES", "BIAS", "THRESHOLD", "SCALE", "PRECISION", "BLOCK_N", "WINDOWS_INNER"),
+    DELTA: ("PADS", "MASK", "CAUSAL", "CLASSES", "BIAS", "THRESHOLD", "KEPT", "SCALE", "PRECISION", "BLOCK_N", "WINDOWS_INNER"),
     DBIAS: ("WINDOWS_INNER",),
     SMALL: ("WINDOWS_INNER",),
 }  # fmt: skip
@@ -132,6 +132,7 @@ def plan_step(kernel: str, key: Key) -> Step:
         "MASK": mask, "CAUSAL": options.causal_t, "CLASSES": pair.ask.shape[2] if pair else 0,
         "BIAS": ("dense" if key.dense else "gather") if key.bias else "",
         "THRESHOLD": int(options.dropout_p * 2**32) if key.dropout else 0, "SCALE": options.scale,
+        "KEPT": 1 / (1 - options.dropout_p) if key.dropout and options.dropout_p < 1 else 0.0,
         "ACC": tl.float64 if key.dtype == torch.float64 else tl.float32,
         "INDEX": tl.int64 if wide else tl.int32, "PRECISION": key.precision, **config,
     }  # fmt: skip
@@ -182,5 +183,5 @@ def token_stride(x: Tensor) -> int | None:
 
 def precision(dtype: torch.dtype) -> str:
     """tl.dot's ``input_precision``: TF32 only where torch's own matrix products may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -41,8 +41,8 @@ def _window_attention_bwd_kernel(
     part_ptr,  # [splits, heads, NP, NP] or None
     stride_b, stride_l, L, W, heads, pairs, N, NP, span, rows, middle, pads, share,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEPT: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a head, in ``share`` of the windows of all samples, one after the other. Scores are made once for
     all gradients; the bias' stays in registers.
@@ -98,7 +98,7 @@ def _window_attention_bwd_kernel(
         zeros = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         if THRESHOLD:
             row = (b * L + token) * heads + head
-            kept = _kept(seed, row[:, None], offs[None, :], THRESHOLD, ACC)
+            kept = _kept(seed, row[:, None], offs[None, :], THRESHOLD, KEPT, ACC)
             dv = dot(tl.trans(_operand(p * kept, do)), do, zeros, PRECISION)
             dp *= kept
         else:
