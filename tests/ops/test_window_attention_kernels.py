@@ -304,8 +304,8 @@ def test_tiles_in_which_nothing_is_seen_are_skipped(form):
 
 
 def test_offsets_past_int32():
-    assert not plans.is_wide(1 << 20, 2047, 96)
-    assert plans.is_wide(1 << 20, 2048, 96) and plans.is_wide(1 << 20, 96, 2048)
+    assert not plans.is_wide(1 << 20, 2046, 96)
+    assert plans.is_wide(1 << 20, 2047, 96) and plans.is_wide(1 << 20, 96, 2047)
     key = plans.Key(
         "default", asked((2, 4, 4)), (1, 2, 4, 4, 96), (0, 1 << 26), torch.float32, torch.device("cpu"),
         False, True, False, False, "ieee",

@@ -34,7 +34,10 @@ WIDEST = (1 << 31) - (
 DENSE_BYTES = 1 << 30  # of a dense bias; a larger one is gathered from the table
 # What configs and constants a kernel does not take, beside those that all do.
 _WITHOUT = {
-    DELTA: ("PADS", "MASK", "CAUSAL", "CLASSES", "BIAS", "THRESHOLD", "KEPT", "SCALE", "PRECISION", "BLOCK_N", "WINDOWS_INNER"),
+    DELTA: (
+        "PADS", "MASK", "CAUSAL", "CLASSES", "BIAS", "THRESHOLD", "KEPT", "SCALE", "PRECISION", "BLOCK_N",
+        "WINDOWS_INNER",
+    ),
     DBIAS: ("WINDOWS_INNER",),
     SMALL: ("WINDOWS_INNER",),
 }  # fmt: skip
