@@ -35,11 +35,11 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   const int64_t states_before = (int64_t(member) * D + direction) * args.shape.B;
   const int64_t tape_before = int64_t(D) * rows_before + direction * args.shape.data_rows;
   const int64_t y_before = rows_before * (D * H) + direction * H + unit;
-  Rows<kRagged> rows(args.shape, int(block_index().x) * kRows, 2 * t, direction == 1);
 
   Weights<Element, G, kUnits> w;
   load_weights_transposed<Element, G, kUnits, kAccess>(
       w, static_cast<const Element*>(args.w_hh[direction]) + int64_t(member) * G * H * H, H, unit);
+  Rows<kRagged> rows(args.shape, int(block_index().x) * kRows, 2 * t, direction == 1);
 
   // The thread's first unit in row 0 of each array.
   const Element* gates_base = static_cast<const Element*>(args.gates) + tape_before * (kTape * H) + unit;
@@ -51,36 +51,41 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   keep(gates_base), keep(cells_base), keep(y_base), keep(dy_base), keep(dgates_base);
 
   // Of a step to come. `before`: the state it started from, c (LSTM) or h (GRU); of an RNN, h itself.
-  Pair<Element> gates[kTape ? kTape : 1][2], dy[2] = {}, h[2] = {};
+  Pair<Element> gates[kTape ? kTape : 1][2] = {}, dy[2] = {}, h[2] = {};
   F32x2 c[2] = {}, c_before[2] = {}, dcells[2] = {};
   bool clear[2] = {};
   int row[2] = {}, earlier[2] = {};  // data rows of steps s and s - 1
+  int takes_dy = args.dy != nullptr, takes_dcells = kLstm && args.dcells;
+  keep(takes_dy), keep(takes_dcells);
   const auto load_step = [&](int i, int s) {
     const bool runs = kRagged ? rows.runs(i, s) : s >= 0, first = s == 0;
-    if (runs) {
+    const int there = runs ? units : 0;
+    if (there > 0) {
       SORA_UNROLL
       for (int gate = 0; gate < kTape; ++gate)
-        gates[gate][i] = load_pair<Element, kAccess>(at_row(gates_base, row[i], kTape * H) + gate * H, units);
-      if (args.dy) dy[i] = load_pair<Element, kAccess>(at_row(dy_base, row[i], D * H), units);
-      if (kLstm && args.dcells) dcells[i] = load_pair<float, kAccess>(at_row(dcells_base, row[i], D * H), units);
-      if (!kLstm && !kGru) h[i] = load_pair<Element, kAccess>(at_row(y_base, row[i], D * H), units);
-      if (kRagged && rows.reset)
-        clear[i] = first ? !rows.reverse && rows.reset[row[i]] : rows.cleared(earlier[i], row[i]);
+        gates[gate][i] = load_pair<Element, kAccess>(at_row(gates_base, row[i], kTape * H) + gate * H, there);
+      if (!kLstm && !kGru) h[i] = load_pair<Element, kAccess>(at_row(y_base, row[i], D * H), there);
+      if (takes_dy) dy[i] = load_pair<Element, kAccess>(at_row(dy_base, row[i], D * H), there);
+      if (takes_dcells) dcells[i] = load_pair<float, kAccess>(at_row(dcells_base, row[i], D * H), there);
+    }
+    if (kRagged && rows.reset && runs)
+      clear[i] = first ? !rows.reverse && rows.reset[row[i]] : rows.cleared(earlier[i], row[i]);
+    const int before = !(kRagged ? rows.runs(i, s - 1) : s > 0) ? 0 : units;  // for LSTM also the last step's c
+    if (before > 0) {
+      if (kLstm) c_before[i] = load_pair<float, kAccess>(at_row(cells_base, earlier[i], D * H), before);
+      if (kGru) h[i] = load_pair<Element, kAccess>(at_row(y_base, earlier[i], D * H), before);
     }
     if (first) {
       const int64_t state = (states_before + rows.batch[i]) * H + unit;
       if (kLstm) {
         c_before[i] = F32x2{};
         if (args.c0)
-          split<Element>(load_pair<Element, kAccess>(static_cast<const Element*>(args.c0) + state, units),
+          split<Element>(load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.c0) + state, units),
                          c_before[i].x, c_before[i].y);
       } else if (kGru) {
         h[i] = Pair<Element>{};
-        if (args.h0) h[i] = load_pair<Element, kAccess>(static_cast<const Element*>(args.h0) + state, units);
+        if (args.h0) h[i] = load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.h0) + state, units);
       }
-    } else if (kRagged ? rows.runs(i, s - 1) : s > 0) {  // for LSTM also where only the step before runs: c(s - 1)
-      if (kLstm) c_before[i] = load_pair<float, kAccess>(at_row(cells_base, earlier[i], D * H), units);
-      if (kGru) h[i] = load_pair<Element, kAccess>(at_row(y_base, earlier[i], D * H), units);
     }
   };
 
@@ -90,15 +95,15 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   for (int i = 0; i < 2; ++i) {
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
     if (args.dh_n)
-      split<Element>(load_pair<Element, kAccess>(static_cast<const Element*>(args.dh_n) + state, units), dh[i],
+      split<Element>(load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.dh_n) + state, units), dh[i],
                      dh[2 + i]);
     if (kLstm && args.dc_n)
-      split<Element>(load_pair<Element, kAccess>(static_cast<const Element*>(args.dc_n) + state, units), dc[i],
+      split<Element>(load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.dc_n) + state, units), dc[i],
                      dc[2 + i]);
     if (last < 0) continue;
     if (!kRagged || rows.runs(i, last)) {
       row[i] = rows.data_row(i, last);
-      if (kLstm) c[i] = load_pair<float, kAccess>(at_row(cells_base, row[i], D * H), units);
+      if (kLstm) c[i] = load_pair_or_zero<float, kAccess>(at_row(cells_base, row[i], D * H), units);
     }
     earlier[i] = rows.moved(i, row[i], last - 1, -1);
     load_step(i, last);
@@ -109,11 +114,12 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   keep(lane_offset), keep(store_offset[0]), keep(store_offset[1]);
   for (int s = last; s >= 0; --s) {
     float direct[4], out[kOut][4];  // dh(t) that goes straight to h(t-1); dgates
-    bool runs[2], cleared[2];
+    int runs[2], cleared[2];
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
       runs[i] = !kRagged || rows.runs(i, s);
-      cleared[i] = kRagged && clear[i];
+      cleared[i] = kRagged && clear[i] && runs[i];
+      if (kRagged) keep(runs[i]), keep(cleared[i]);  // selected by, or the paths of both kinds of rows are compiled apart
       float of_y[2], tape[4][2] = {}, before[2] = {c_before[i].x, c_before[i].y};
       const float now[2] = {c[i].x, c[i].y}, of_cells[2] = {dcells[i].x, dcells[i].y};
       split<Element>(dy[i], of_y[0], of_y[1]);
@@ -136,7 +142,7 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
           const LstmGates<V> cell{{tape[0][u]}, {tape[1][u]}, {tape[2][u]}, {tape[3][u]}};
           const LstmGates<V> d = lstm_cell_backward(cell, start, V{now[u]}, grad, dc_k);
           out[0][k] = d.i.value, out[1][k] = d.f.value, out[2][k] = d.g.value, out[3][k] = d.o.value;
-          if (runs[i]) dc[k] = cleared[i] ? 0.0f : dc_k.value;
+          dc[k] = cleared[i] ? 0.0f : runs[i] ? dc_k.value : dc[k];
           direct[k] = runs[i] ? 0.0f : dh[k];
         } else if constexpr (kGru) {
           const GruGates<V> cell{{tape[0][u]}, {tape[1][u]}, {tape[2][u]}, {tape[3][u]}};
@@ -145,12 +151,12 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
           direct[k] = runs[i] ? grad.value : dh[k];
         }
       }
-      const int write = rows.runs(i, s) ? units : 0;
+      const int there = rows.runs(i, s) ? units : 0;
       Element* to = at_row(dgates_base, row[i], kOut * H);
       SORA_UNROLL
       for (int gate = 0; gate < kOut; ++gate) {
         const Pair<Element> pair = pair_of<Element>(out[gate][i], out[gate][2 + i]);
-        store_pair<Element, kAccess>(to + gate * H, pair, write);
+        if (there > 0) store_pair<Element, kAccess>(to + gate * H, pair, there);
         if (kGru && gate == 2) continue;  // of a_n alone, which h does not reach
         const int tile = kGru && gate == 3 ? 2 : gate;
         store_operands(shared.dgates[0] + buffer + tile * B::kBytes + store_offset[i], pair);
@@ -168,17 +174,18 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
     SORA_UNROLL
     for (int k = 0; k < 4; ++k) {
       const int i = k & 1;
-      dh[k] = cleared[i] && runs[i] ? 0.0f : runs[i] ? direct[k] + sum[k] : direct[k];
+      dh[k] = cleared[i] ? 0.0f : direct[k] + (runs[i] ? sum[k] : 0.0f);
     }
   }
 
   SORA_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
-    const int write = rows.there[i] ? units : 0;
-    store_pair<Element, kAccess>(static_cast<Element*>(args.dh0) + state, pair_of<Element>(dh[i], dh[2 + i]), write);
+    const int there = rows.there[i] ? units : 0;
+    if (there <= 0) continue;
+    store_pair<Element, kAccess>(static_cast<Element*>(args.dh0) + state, pair_of<Element>(dh[i], dh[2 + i]), there);
     if constexpr (kLstm)
-      store_pair<Element, kAccess>(static_cast<Element*>(args.dc0) + state, pair_of<Element>(dc[i], dc[2 + i]), write);
+      store_pair<Element, kAccess>(static_cast<Element*>(args.dc0) + state, pair_of<Element>(dc[i], dc[2 + i]), there);
   }
 }
 

@@ -59,11 +59,11 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
   const int64_t rows_before = int64_t(member) * args.shape.data_rows;
   const int64_t states_before = (int64_t(member) * D + direction) * args.shape.B;
   const int64_t tape_before = int64_t(D) * rows_before + direction * args.shape.data_rows;
-  Rows<kRagged> rows(args.shape, int(block_index().x) * kRows, 2 * t, direction == 1);
 
   Weights<Element, G, kUnits> w;
   load_weights<Element, G, kUnits, kAccess>(
       w, static_cast<const Element*>(args.w_hh[direction]) + int64_t(member) * G * H * H, H, unit);
+  Rows<kRagged> rows(args.shape, int(block_index().x) * kRows, 2 * t, direction == 1);
 
   // b_ih + b_hh; GRU: b_in, then b_hn by itself.
   float bias[4][2] = {};
@@ -73,8 +73,8 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
     SORA_UNROLL
     for (int gate = 0; gate < G; ++gate) {
       float of_x[2], of_h[2];
-      split<Element>(load_pair<Element, kAccess>(b_ih + gate * H, units), of_x[0], of_x[1]);
-      split<Element>(load_pair<Element, kAccess>(b_hh + gate * H, units), of_h[0], of_h[1]);
+      split<Element>(load_pair_or_zero<Element, kAccess>(b_ih + gate * H, units), of_x[0], of_x[1]);
+      split<Element>(load_pair_or_zero<Element, kAccess>(b_hh + gate * H, units), of_h[0], of_h[1]);
       SORA_UNROLL
       for (int u = 0; u < 2; ++u) {
         const bool apart = kCell == Cell::gru && gate == 2;
@@ -89,17 +89,20 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
   Element* y_base = static_cast<Element*>(args.y) + rows_before * (D * H) + direction * H + unit;
   Element* gates_base = static_cast<Element*>(args.gates) + tape_before * (kTape * H) + unit;
   float* cells_base = static_cast<float*>(args.cells) + rows_before * (D * H) + direction * H + unit;
-  Pair<Element> gx[G][2];
-  const auto load_gx = [&](int i, int row) {
+  Pair<Element> gx[G][2] = {};
+  const auto load_gx = [&](int i, int row, bool runs) {
+    const int there = runs ? units : 0;
+    if (there <= 0) return;  // absent units stay 0
     SORA_UNROLL
     for (int gate = 0; gate < G; ++gate)
-      gx[gate][i] = load_pair<Element, kAccess>(at_row(gx_base, row, G * H) + gate * H, units);
+      gx[gate][i] = load_pair<Element, kAccess>(at_row(gx_base, row, G * H) + gate * H, there);
   };
   // A warp's 16 units of one gate and row are a sector of L2 or two: each lane asks for one.
   const bool asks = !kRagged && g < 2 * G;
   const Element* ask_base = gx_base - 2 * g + g / 2 * H;
   int ask_row = rows.data_row(0, 0) + g % 2 + (1 + kStepsToL2) * rows.stride;
-  keep(gx_base), keep(ask_base), keep(y_base), keep(gates_base), keep(cells_base);
+  keep(gx_base), keep(y_base), keep(gates_base), keep(cells_base);
+  if (!kRagged) keep(ask_base);
 
   Pair<Element> h[2];
   float c[4] = {};
@@ -110,14 +113,13 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
     const bool starts = kRagged && rows.reset && !rows.reverse && rows.runs(i, 0) && rows.reset[rows.data_row(i, 0)];
     h[i] = Pair<Element>{};
-    if (args.h0 && !starts) h[i] = load_pair<Element, kAccess>(static_cast<const Element*>(args.h0) + state, units);
+    if (args.h0 && !starts) h[i] = load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.h0) + state, units);
     if (kCell == Cell::lstm && args.c0 && !starts)
-      split<Element>(load_pair<Element, kAccess>(static_cast<const Element*>(args.c0) + state, units), c[i], c[2 + i]);
+      split<Element>(load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.c0) + state, units), c[i], c[2 + i]);
     store_operands(shared.h[0] + B::offset_of_pair(unit, 2 * t + i), h[i]);
-    if (!kRagged || rows.runs(i, 0)) {
-      row[i] = rows.data_row(i, 0);
-      load_gx(i, row[i]);
-    }
+    const bool runs = !kRagged || rows.runs(i, 0);
+    if (runs) row[i] = rows.data_row(i, 0);
+    load_gx(i, row[i], runs);
     next[i] = rows.moved(i, row[i], 1, 1);
   }
 
@@ -133,7 +135,7 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const bool more = kRagged ? rows.runs(i, s + 1) : s + 1 < rows.steps;
-      if (more) load_gx(i, next[i]);
+      load_gx(i, next[i], more);
       if (kRagged && rows.reset) clear[i] = more && rows.cleared(row[i], next[i]);
     }
     if (asks && s + 1 + kStepsToL2 < rows.steps) {
@@ -170,20 +172,23 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const bool runs = rows.runs(i, s);
-      const int write = runs ? units : 0;
       const Pair<Element> h_pair = pair_of<Element>(h_new[i], h_new[2 + i]);
       if (!kRagged || runs) h[i] = h_pair;
-      store_pair<Element, kAccess>(at_row(y_base, row[i], D * H), h_pair, write);
-      if constexpr (kTape > 0) {
-        if (args.gates) {
-          Element* to = at_row(gates_base, row[i], kTape * H);
-          SORA_UNROLL
-          for (int gate = 0; gate < kTape; ++gate)
-            store_pair<Element, kAccess>(to + gate * H, pair_of<Element>(tape[gate][i], tape[gate][2 + i]), write);
+      int there = runs ? units : 0;
+      if (kRagged) keep(there);  // or the paths of a row that runs and of one that does not are compiled apart
+      if (there > 0) {
+        store_pair<Element, kAccess>(at_row(y_base, row[i], D * H), h_pair, there);
+        if constexpr (kTape > 0) {
+          if (args.gates) {
+            Element* to = at_row(gates_base, row[i], kTape * H);
+            SORA_UNROLL
+            for (int gate = 0; gate < kTape; ++gate)
+              store_pair<Element, kAccess>(to + gate * H, pair_of<Element>(tape[gate][i], tape[gate][2 + i]), there);
+          }
         }
-      }
-      if constexpr (kCell == Cell::lstm) {
-        if (args.cells) store_pair<float, kAccess>(at_row(cells_base, row[i], D * H), F32x2{c[i], c[2 + i]}, write);
+        if constexpr (kCell == Cell::lstm) {
+          if (args.cells) store_pair<float, kAccess>(at_row(cells_base, row[i], D * H), F32x2{c[i], c[2 + i]}, there);
+        }
       }
       if (kRagged && clear[i]) {
         h[i] = Pair<Element>{};
@@ -198,10 +203,11 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
   SORA_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
-    const int write = rows.there[i] ? units : 0;
-    store_pair<Element, kAccess>(static_cast<Element*>(args.h_n) + state, h[i], write);
+    const int there = rows.there[i] ? units : 0;
+    if (there <= 0) continue;
+    store_pair<Element, kAccess>(static_cast<Element*>(args.h_n) + state, h[i], there);
     if constexpr (kCell == Cell::lstm)
-      store_pair<Element, kAccess>(static_cast<Element*>(args.c_n) + state, pair_of<Element>(c[i], c[2 + i]), write);
+      store_pair<Element, kAccess>(static_cast<Element*>(args.c_n) + state, pair_of<Element>(c[i], c[2 + i]), there);
   }
 }
 

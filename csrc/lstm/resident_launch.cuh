@@ -1,6 +1,7 @@
 // Which instantiation runs. For each element type and cell:
 //   plain    H is 32, 64 or (16 bits) 128, all rows have T steps, no resets
-//   ragged   lengths, offsets, resets, any even H up to the kernel's
+//   ragged   the same H, with lengths, offsets, resets
+//   pairs    any even H up to the kernel's, and all of ragged
 //   singles  the same for odd H and odd addresses, of one size
 #pragma once
 
@@ -22,14 +23,14 @@ int launch(const typename Pass::Args& args, void* stream) {
 }
 
 template <class Pass, class Element, int kUnits, Cell kCell>
-int launch_size(const typename Pass::Args& args, Access access, void* stream) {
+int launch_exact(const typename Pass::Args& args, void* stream) {
   const auto& shape = args.shape;
-  if (access == Access::exact && shape.H == kUnits && !shape.lengths && !shape.offsets && !shape.reset)
-    return launch<Pass, Element, kUnits, kCell, Access::exact, false>(args, stream);
-  return launch<Pass, Element, kUnits, kCell, Access::pairs, true>(args, stream);
+  if (shape.lengths || shape.offsets || shape.reset)
+    return launch<Pass, Element, kUnits, kCell, Access::exact, true>(args, stream);
+  return launch<Pass, Element, kUnits, kCell, Access::exact, false>(args, stream);
 }
 
-// The emulation compiles the smallest and the largest only: sizes differ in a number.
+// The emulation leaves the middle size of 16 bits out: sizes differ in a number.
 #if defined(SORA_HOST_EMULATION)
 constexpr bool kMiddleSize = false;
 #else
@@ -38,13 +39,19 @@ constexpr bool kMiddleSize = true;
 
 template <class Pass, class Element, Cell kCell>
 int launch_cell(const typename Pass::Args& args, Access access, void* stream) {
-  constexpr int kMost = sizeof(Element) == 2 ? 128 : 64;
+  constexpr int kMost = sizeof(Element) == 2 ? 128 : 64, kHalf = kMost / 2;
+  constexpr bool kHasHalf = kMiddleSize || kHalf == 32;
   const int64_t H = args.shape.H;
+  if (access == Access::exact) {
+    if (H == kMost) return launch_exact<Pass, Element, kMost, kCell>(args, stream);
+    if constexpr (kHasHalf)
+      if (H == kHalf) return launch_exact<Pass, Element, kHalf, kCell>(args, stream);
+    if (H == 32) return launch_exact<Pass, Element, 32, kCell>(args, stream);
+  }
   if (access == Access::singles) return launch<Pass, Element, kMost, kCell, Access::singles, true>(args, stream);
-  if (H <= 32) return launch_size<Pass, Element, 32, kCell>(args, access, stream);
-  if constexpr (kMiddleSize && kMost > 64)
-    if (H <= 64) return launch_size<Pass, Element, 64, kCell>(args, access, stream);
-  return launch_size<Pass, Element, kMost, kCell>(args, access, stream);
+  if constexpr (kHasHalf)
+    if (H <= kHalf) return launch<Pass, Element, kHalf, kCell, Access::pairs, true>(args, stream);
+  return launch<Pass, Element, kMost, kCell, Access::pairs, true>(args, stream);
 }
 
 template <class Pass, class Element>

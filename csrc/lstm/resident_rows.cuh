@@ -55,7 +55,7 @@ struct Rows {
   // Data row of row i's step s, which it must have.
   SORA_DEVICE int data_row(int i, int s) const {
     const int t = reverse ? length[i] - 1 - s : s;
-    if (kRagged && offsets) return load_read_only<int32_t>(offsets + t) + batch[i];  // the low half
+    if (kRagged && offsets) return int(offsets[t]) + batch[i];
     return t * B + batch[i];
   }
   // The next in the direction of `by` = 1 or -1 steps, from data row `row` of row i's step s - by; `row` itself if there

@@ -59,29 +59,31 @@ SORA_DEVICE uint32_t join(Half first, Half second) { return first.bits | uint32_
 SORA_DEVICE uint32_t join(BFloat16 first, BFloat16 second) { return first.bits | uint32_t(second.bits) << 16; }
 SORA_DEVICE F32x2 join(float first, float second) { return {first, second}; }
 
-// The first `there` (0, 1 or 2) of the units at p; the others are 0. Memory that this launch does not write.
+// The units at p, in memory that this launch does not write. `there`: how many there are, at least one; only singles may
+// be without the second, which reads as 0.
 template <class Element, Access kAccess>
-SORA_DEVICE Pair<Element> load_pair(const Element* p, int there) {
-  Pair<Element> pair{};
+SORA_DEVICE Pair<Element> load_pair(const Element* p, [[maybe_unused]] int there) {
   if constexpr (kAccess == Access::singles) {
-    Element first{}, second{};
-    if (there > 0) first = load_read_only<Element>(p);
+    Element second{};
     if (there > 1) second = load_read_only<Element>(p + 1);
-    pair = join(first, second);
+    return join(load_read_only<Element>(p), second);
   } else {
-    if (there > 0) pair = load_read_only<Pair<Element>>(p);
+    return load_read_only<Pair<Element>>(p);
   }
-  return pair;
 }
 template <class Element, Access kAccess>
-SORA_DEVICE void store_pair(Element* p, Pair<Element> pair, int there) {
+SORA_DEVICE Pair<Element> load_pair_or_zero(const Element* p, int there) {
+  return there > 0 ? load_pair<Element, kAccess>(p, there) : Pair<Element>{};
+}
+template <class Element, Access kAccess>
+SORA_DEVICE void store_pair(Element* p, Pair<Element> pair, [[maybe_unused]] int there) {
   if constexpr (kAccess == Access::singles) {
     Element both[2];
     __builtin_memcpy(both, &pair, sizeof(both));
-    if (there > 0) store_global(p, both[0]);
+    store_global(p, both[0]);
     if (there > 1) store_global(p + 1, both[1]);
   } else {
-    if (there > 0) store_global(p, pair);
+    store_global(p, pair);
   }
 }
 
@@ -178,6 +180,7 @@ SORA_DEVICE void multiply_summed(float (&sum)[4], const Weights<Element, kGates,
 SORA_DEVICE uint32_t operand(float x) { return tf32(x); }
 
 // Fragments of two units' rows: 16 bytes of k each, which are words 0, 1 of one k-step and 2, 3 of the next.
+template <Access kAccess>
 SORA_DEVICE void place(uint32_t (&a0)[4], uint32_t (&a1)[4], const uint32_t (&first)[4], const uint32_t (&second)[4]) {
   SORA_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -185,6 +188,10 @@ SORA_DEVICE void place(uint32_t (&a0)[4], uint32_t (&a1)[4], const uint32_t (&fi
     a0[2 * half + 1] = second[half];
     a1[2 * half] = first[2 + half];
     a1[2 * half + 1] = second[2 + half];
+  }
+  if constexpr (kAccess != Access::exact) {  // words are put together as they come, or single elements fill the registers
+    SORA_UNROLL
+    for (int i = 0; i < 4; ++i) keep(a0[i]), keep(a1[i]);
   }
 }
 
@@ -201,15 +208,29 @@ SORA_DEVICE void load_chunk(uint32_t (&words)[4], const Element* row, int k, int
   } else if constexpr (sizeof(Element) == 4) {
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const F32x2 pair = load_pair<Element, kAccess>(row + k + 2 * i, columns - (k + 2 * i));
+      const F32x2 pair = load_pair_or_zero<Element, kAccess>(row + k + 2 * i, columns - (k + 2 * i));
       words[2 * i] = operand(pair.x);
       words[2 * i + 1] = operand(pair.y);
     }
   } else {
     SORA_UNROLL
     for (int i = 0; i < 4; ++i)
-      words[i] = load_pair<Element, kAccess>(row + k + 2 * i, columns - (k + 2 * i));
+      words[i] = load_pair_or_zero<Element, kAccess>(row + k + 2 * i, columns - (k + 2 * i));
   }
+}
+
+// Whether none of a warp's units is there; then its fragments are 0. Asked for each gate, so that the loads of one gate at
+// a time are under way, and not more than there are registers.
+template <Access kAccess, int kSteps>
+SORA_DEVICE bool skips_gate(uint32_t (&a)[kSteps][4], int H, int unit) {
+  if constexpr (kAccess == Access::exact) return false;
+  int warp_units = H - unit / kUnitsPerWarp * kUnitsPerWarp;
+  keep(warp_units);
+  if (warp_units > 0) return false;
+  SORA_UNROLL
+  for (int step = 0; step < kSteps; ++step)
+    for (uint32_t& word : a[step]) word = 0;
+  return true;
 }
 
 // A of the forward pass: unit u's row of gate g is row g*H + u, k are the units of h.
@@ -219,6 +240,7 @@ SORA_DEVICE void load_weights(Weights<Element, kGates, kUnits>& a, const Element
   const int lane_k = int(lane() & 3) * B::kChunkUnits;
   SORA_UNROLL
   for (int gate = 0; gate < kGates; ++gate) {
+    if (skips_gate<kAccess>(a[gate], H, unit)) continue;
     SORA_UNROLL
     for (int block = 0; block < B::kBlocks; ++block) {
       uint32_t rows[2][4];
@@ -226,7 +248,7 @@ SORA_DEVICE void load_weights(Weights<Element, kGates, kUnits>& a, const Element
       for (int i = 0; i < 2; ++i)
         load_chunk<Element, kAccess>(rows[i], w + (gate * H + unit + i) * H, block * B::kBlockUnits + lane_k,
                                      unit + i < H ? H : 0);
-      place(a[gate][2 * block], a[gate][2 * block + 1], rows[0], rows[1]);
+      place<kAccess>(a[gate][2 * block], a[gate][2 * block + 1], rows[0], rows[1]);
     }
   }
 }
@@ -239,13 +261,14 @@ SORA_DEVICE void load_weights_transposed(Weights<Element, kGates, kUnits>& a, co
   const int there = kAccess == Access::exact ? 2 : H - unit;
   SORA_UNROLL
   for (int gate = 0; gate < kGates; ++gate) {
+    if (skips_gate<kAccess>(a[gate], H, unit)) continue;
     SORA_UNROLL
     for (int block = 0; block < B::kBlocks; ++block) {
       uint32_t rows[2][4];
       const int k = block * B::kBlockUnits + lane_k;
       auto column = [&](int i) {
         const bool in = kAccess == Access::exact || k + i < H;
-        return load_pair<Element, kAccess>(w + (gate * H + k + i) * H + unit, in ? there : 0);
+        return load_pair_or_zero<Element, kAccess>(w + (gate * H + k + i) * H + unit, in ? there : 0);
       };
       SORA_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -259,7 +282,7 @@ SORA_DEVICE void load_weights_transposed(Weights<Element, kGates, kUnits>& a, co
           rows[1][i] = even >> 16 | (odd & 0xffff0000u);
         }
       }
-      place(a[gate][2 * block], a[gate][2 * block + 1], rows[0], rows[1]);
+      place<kAccess>(a[gate][2 * block], a[gate][2 * block + 1], rows[0], rows[1]);
     }
   }
 }
