@@ -11,6 +11,9 @@
 //   mbarrier_wait<Scope>(b, parity)        until the phase of this parity (0, 1, 0, ...) is complete: acquire. Traps after
 //                                          some ten seconds. Scope::cluster where other CTAs arrive or copies come in
 //   mbarrier_try_wait<Scope>(b, parity)    once
+//   mbarrier_wait_shared(b, parity)        as Scope::cluster, but it orders shared memory only: a wait in cluster scope
+//   mbarrier_arrive_cluster_shared(b)      invalidates the L1 (CCTL.IVALL), a release there waits for global stores
+//                                          (MEMBAR.GPU); these two do neither
 // sm_90 and newer, but for init, arrive and wait<Scope::cta>, which sm_80 has.
 #pragma once
 
@@ -28,27 +31,33 @@ SORA_DEVICE void mbarrier_init(uint32_t mbarrier, unsigned arrivals SORA_AND_SIT
 }
 SORA_DEVICE void fence_mbarrier_init(SORA_SITE) { emu::fence_mbarrier_init(site); }
 SORA_DEVICE void mbarrier_arrive(uint32_t mbarrier SORA_AND_SITE) {
-  emu::mbarrier_arrive(mbarrier, 0, false, emu::Order::release, Scope::cta, site);
+  emu::mbarrier_arrive(mbarrier, 0, false, emu::Order::release, Scope::cta, emu::Memory::all, site);
 }
 SORA_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, unsigned bytes SORA_AND_SITE) {
-  emu::mbarrier_arrive(mbarrier, bytes, false, emu::Order::release, Scope::cta, site);
+  emu::mbarrier_arrive(mbarrier, bytes, false, emu::Order::release, Scope::cta, emu::Memory::all, site);
 }
 SORA_DEVICE void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes SORA_AND_SITE) {
   emu::mbarrier_expect_tx(mbarrier, bytes, site);
 }
 SORA_DEVICE void mbarrier_arrive_cluster(uint32_t mbarrier SORA_AND_SITE) {
-  emu::mbarrier_arrive(mbarrier, 0, true, emu::Order::release, Scope::cluster, site);
+  emu::mbarrier_arrive(mbarrier, 0, true, emu::Order::release, Scope::cluster, emu::Memory::all, site);
 }
 SORA_DEVICE void mbarrier_arrive_cluster_relaxed(uint32_t mbarrier SORA_AND_SITE) {
-  emu::mbarrier_arrive(mbarrier, 0, true, emu::Order::relaxed, Scope::cluster, site);
+  emu::mbarrier_arrive(mbarrier, 0, true, emu::Order::relaxed, Scope::cluster, emu::Memory::all, site);
 }
 template <Scope scope = Scope::cta>
 SORA_DEVICE bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity SORA_AND_SITE) {
-  return emu::mbarrier_try_wait(mbarrier, parity, scope, site);
+  return emu::mbarrier_try_wait(mbarrier, parity, scope, emu::Memory::all, site);
 }
 template <Scope scope = Scope::cta>
 SORA_DEVICE void mbarrier_wait(uint32_t mbarrier, unsigned parity SORA_AND_SITE) {
-  emu::mbarrier_wait(mbarrier, parity, scope, site);
+  emu::mbarrier_wait(mbarrier, parity, scope, emu::Memory::all, site);
+}
+SORA_DEVICE void mbarrier_arrive_cluster_shared(uint32_t mbarrier SORA_AND_SITE) {
+  emu::mbarrier_arrive(mbarrier, 0, true, emu::Order::release, Scope::cluster, emu::Memory::shared, site);
+}
+SORA_DEVICE void mbarrier_wait_shared(uint32_t mbarrier, unsigned parity SORA_AND_SITE) {
+  emu::mbarrier_wait(mbarrier, parity, Scope::cluster, emu::Memory::shared, site);
 }
 
 #else
@@ -112,6 +121,29 @@ SORA_DEVICE void mbarrier_wait(uint32_t mbarrier, unsigned parity) {
   while (!mbarrier_try_wait<scope>(mbarrier, parity)) {
     if (++tries == 1u << 23) __trap();
   }
+}
+SORA_DEVICE void mbarrier_arrive_cluster_shared(uint32_t mbarrier) {
+  SORA_SM90(asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory"));
+  mbarrier_arrive_cluster_relaxed(mbarrier);
+}
+SORA_DEVICE void mbarrier_wait_shared(uint32_t mbarrier, unsigned parity) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint32_t tries = 0;
+  for (;;) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(mbarrier), "r"(parity)
+        : "memory");
+    if (done) break;
+    if (++tries == 1u << 23) __trap();
+  }
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
+  __trap();
+#endif
 }
 
 #endif

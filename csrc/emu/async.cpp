@@ -29,7 +29,7 @@ MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, bool rem
   if (there != kMagic + offset)
     fail_at(where, "%s: the mbarrier at shared memory of CTA %u + %u was overwritten", what, cta.number, offset);
   MbarrierState& state = found->second;
-  if (machine.options.race && !user.covers(state.init_agent, state.init_step))
+  if (machine.options.race && !user.covers_shared(state.init_agent, state.init_step))
     fail_at(where, "race: %s on the mbarrier at shared memory of CTA %u + %u, unordered with its initialisation at %s",
             what, cta.number, offset, text(state.init_where).c_str());
   if (machine.options.race && remote && !state.init_fenced)
@@ -301,20 +301,20 @@ void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site) {
   complete_if_due(*machine.current->cta, state, site);
 }
 
-void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Site site) {
+void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory, Site site) {
   preempt_point();
   MbarrierState& state = mbarrier_at(mbarrier, remote, "arrival", site);
-  if (order == Order::release) release_to(state.arriving, stamp(), *machine.current->cta, scope);
+  if (order == Order::release) release_to(state.arriving, stamp(), *machine.current->cta, scope, memory);
   state.bytes += expect_bytes;
   arrive(*target_of(mbarrier, remote, site), state, site);
 }
 
-bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Site site) {
+bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site) {
   preempt_point();
   for (int attempt = 0;; ++attempt) {
     MbarrierState& state = mbarrier_at(mbarrier, false, "wait", site);
     if ((state.phase & 1) != (parity & 1)) {
-      acquire_from(state.complete, *machine.current, scope);
+      acquire_from(state.complete, *machine.current, scope, memory);
       return true;
     }
     if (attempt > 0) return false;  // a waiter two phases behind goes on waiting, as on the GPU
@@ -323,8 +323,8 @@ bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Site sit
   }
 }
 
-void mbarrier_wait(uint32_t mbarrier, unsigned parity, Scope scope, Site site) {
-  while (!mbarrier_try_wait(mbarrier, parity, scope, site)) {
+void mbarrier_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site) {
+  while (!mbarrier_try_wait(mbarrier, parity, scope, memory, site)) {
   }
 }
 

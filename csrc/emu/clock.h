@@ -52,12 +52,14 @@ class Clock {
   std::vector<Part> parts_;
 };
 
-// fenced: the part of `ordered` that has been through a fence.proxy.async, which bulk copies may rely on.
+// fenced: the part of `ordered` that has been through a fence.proxy.async, which bulk copies may rely on. shared: what holds
+// for accesses to shared memory only.
 struct Knowledge {
-  Clock ordered, fenced;
+  Clock ordered, fenced, shared;
   void join(const Knowledge& other) {
     ordered.join(other.ordered);
     fenced.join(other.fenced);
+    shared.join(other.shared);
   }
 };
 
@@ -76,6 +78,7 @@ struct View {
   bool covers(Agent agent, uint32_t at) const {
     return agent == self ? at <= step : known.ordered.covers(agent, at);
   }
+  bool covers_shared(Agent agent, uint32_t at) const { return covers(agent, at) || known.shared.covers(agent, at); }
   bool covers_fenced(Agent agent, uint32_t at) const { return known.fenced.covers(agent, at); }
 };
 

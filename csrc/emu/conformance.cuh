@@ -181,7 +181,7 @@ SORA_KERNEL(64, 1) conformance_mbarrier_kernel(const uint32_t* x_ptr, uint32_t* 
 struct ClusterShared {
   alignas(16) uint32_t mine[64], gathered[4][64];
   alignas(16) uint32_t slot[32];
-  alignas(8) Mbarrier full;
+  alignas(8) Mbarrier full, read;
 };
 // Each of 4 CTAs has x [64] = 100 rank + i. out [4, 3, 64] of a CTA: a remote store and load around the ring; ranks
 // gathered by st.async; by bulk copies.
@@ -222,24 +222,31 @@ SORA_KERNEL(64, 1) conformance_cluster_kernel(uint32_t* out_ptr) {
   cluster_sync();  // a bulk copy reads its sender's memory
 }
 
-// x [64] -> out [CTAs, 64]: rank 0 copies x to all CTAs of the cluster at once; then the others signal it.
+// x [64] -> out [CTAs, 64]: rank 0 copies x to all CTAs of the cluster at once; the others tell it when they have read.
 SORA_KERNEL(64, 1) conformance_multicast_kernel(const uint32_t* x_ptr, uint32_t* out_ptr) {
   ClusterShared& s = shared_memory<ClusterShared>();
   const unsigned i = thread_index().x, rank = cluster_rank(), size = cluster_size();
   const uint32_t full = shared_address(&s.full);
   if (i == 0) {
     mbarrier_init(full, 1);
-    fence_mbarrier_init();
     mbarrier_arrive_expect_tx(full, 64 * 4);
+    mbarrier_init(shared_address(&s.read), size);
+    fence_mbarrier_init();
   }
-  sync_warp();
+  s.slot[i % 32] = rank;
   cluster_sync();
   if (rank == 0 && i == 0)
     cp_async_bulk_global_to_shared_multicast(shared_address(s.mine), x_ptr, 64 * 4, full, uint16_t((1u << size) - 1));
-  mbarrier_wait<Scope::cluster>(full, 0);
+  mbarrier_wait_shared(full, 0);
   out_ptr[64 * block_index().x + i] = s.mine[63 - i];
-  sync_warp();
-  cluster_sync();
+  if (i == 0) {
+    store_cluster(map_to_rank(shared_address(&s.slot[rank]), 0), 10 + rank);
+    mbarrier_arrive_cluster_shared(map_to_rank(shared_address(&s.read), 0));
+  }
+  if (rank == 0) {
+    mbarrier_wait_shared(shared_address(&s.read), 0);
+    if (i < size) out_ptr[64 * block_index().x + i] += s.slot[i];
+  }
 }
 
 // values [2, CTAs]: each round a CTA adds its neighbour's value of the round before, behind a barrier of the grid.

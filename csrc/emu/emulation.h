@@ -25,6 +25,8 @@ struct Index3 {
 // Numbered as PTX orders them: a wider scope includes a narrower one.
 enum class Scope : int { cta = 0, cluster = 1, gpu = 2 };
 enum class Order : int { relaxed = 0, acquire = 1, release = 2, acq_rel = 3 };
+// What a release or an acquire of an mbarrier is about.
+enum class Memory : int { all = 0, shared = 1 };
 
 // starve: one thread, warp or CTA does not run while anything else can, for the whole launch or in turns.
 enum class Policy : int { fifo = 0, uniform = 1, starve = 2 };
@@ -123,10 +125,10 @@ void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32
 void mbarrier_init(uint32_t mbarrier, unsigned count, Site site);
 void fence_mbarrier_init(Site site);
 void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site);
-void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Site site);
+void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory, Site site);
 void cp_async_mbarrier_arrive(uint32_t mbarrier, Site site);
-bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Site site);
-void mbarrier_wait(uint32_t mbarrier, unsigned parity, Scope scope, Site site);
+bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site);
+void mbarrier_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site);
 
 // Global or shared words that threads of several CTAs synchronise through.
 void atomic_store(uint32_t* p, uint32_t value, Order order, Scope scope, Site site);

@@ -181,8 +181,8 @@ enum Access { kRead = 0, kWrite = 1, kAtomic = 2, kAsyncProxy = 4 };
 Stamp stamp();                                       // of the current thread; it goes on to its next step
 void release_to(Knowledge& there, Thread& thread);
 void acquire_from(const Knowledge& there, Thread& thread);
-void release_to(Released& there, const Stamp& stamp, const Cta& cta, Scope scope);
-void acquire_from(const Released& there, Thread& thread, Scope scope);
+void release_to(Released& there, const Stamp& stamp, const Cta& cta, Scope scope, Memory memory = Memory::all);
+void acquire_from(const Released& there, Thread& thread, Scope scope, Memory memory = Memory::all);
 void barrier_order(const std::vector<Thread*>& waiting, const Knowledge& arrivals);
 void record(const View& view, Agent agent, uint32_t step, const void* p, size_t bytes, int access, const Where& where);
 void record(Thread& thread, const void* p, size_t bytes, int access, const Where& where);

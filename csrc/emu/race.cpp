@@ -32,7 +32,8 @@ void visit(Cell& cell, const View& view, const Record& now, const Region& region
     bool keep = true;
     if (before.bytes & now.bytes) {
       const bool both_atomic = before.access & now.access & kAtomic;
-      const bool ordered = view.covers(before.agent, before.step);
+      const bool ordered =
+          region.cta ? view.covers_shared(before.agent, before.step) : view.covers(before.agent, before.step);
       if ((write || (before.access & kWrite)) && !both_atomic) {
         if (!ordered) report(now, before, region, p, "unordered with");
         const bool crosses = (now.access & kAsyncProxy) && !(before.access & kAsyncProxy);
@@ -80,20 +81,27 @@ unsigned domain(const Cta& cta, Scope scope) {
 
 }  // namespace
 
-void release_to(Released& there, const Stamp& stamp, const Cta& cta, Scope scope) {
+void release_to(Released& there, const Stamp& stamp, const Cta& cta, Scope scope, Memory memory) {
   if (!machine.options.race) return;
   for (int s = 0; s <= int(scope); ++s) {
     Knowledge& known = there[{s, domain(cta, Scope(s))}];
-    known.join(stamp.known);
-    if (stamp.self != kNobody) known.ordered.set(stamp.self, stamp.step);
+    Clock& now = memory == Memory::all ? known.ordered : known.shared;
+    now.join(stamp.known.ordered);
+    known.fenced.join(stamp.known.fenced);
+    known.shared.join(stamp.known.shared);
+    if (stamp.self != kNobody) now.set(stamp.self, stamp.step);
   }
 }
 
-void acquire_from(const Released& there, Thread& thread, Scope scope) {
+void acquire_from(const Released& there, Thread& thread, Scope scope, Memory memory) {
   if (!machine.options.race) return;
   for (int s = 0; s <= int(scope); ++s) {
     const auto found = there.find({s, domain(*thread.cta, Scope(s))});
-    if (found != there.end()) thread.known.join(found->second);
+    if (found == there.end()) continue;
+    const Knowledge& known = found->second;
+    (memory == Memory::all ? thread.known.ordered : thread.known.shared).join(known.ordered);
+    thread.known.fenced.join(known.fenced);
+    thread.known.shared.join(known.shared);
   }
 }
 
@@ -104,6 +112,7 @@ void barrier_order(const std::vector<Thread*>& waiting, const Knowledge& arrival
   for (const Thread* thread : waiting) {
     all.ordered.join_next(thread->known.ordered, previous ? &previous->known.ordered : nullptr);
     all.fenced.join_next(thread->known.fenced, previous ? &previous->known.fenced : nullptr);
+    all.shared.join_next(thread->known.shared, previous ? &previous->known.shared : nullptr);
     previous = thread;
   }
   for (Thread* thread : waiting) all.ordered.set(thread->agent(), thread->step++);

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "lstm.h"
+#include "resident_arguments.h"
 
 namespace sora {
 namespace {
@@ -36,6 +37,15 @@ LstmShape shape_of(const Shape& s) {
 void check(int code, const char* function) {
   if (code != kLstmOk) throw std::runtime_error(std::string(function) + ": " + lstm_error(code));
 }
+
+// Numbers in the order of LstmResidentForward or LstmResidentBackward.
+using ResidentNumbers = std::array<int64_t, kLstmResidentNumbers>;
+
+#ifdef SORA_WITH_CUDA
+void check_resident(int code, const char* function) {
+  if (code != kLstmOk) throw std::runtime_error(std::string(function) + ": " + lstm_resident_error(code));
+}
+#endif
 
 }  // namespace
 
@@ -155,6 +165,25 @@ void init_lstm(py::module_& m) {
       },
       "dtype"_a, "B"_a, "H"_a, "gates"_a, "c_prev"_a, "c_prev_stride"_a, "c"_a, "c_stride"_a, "dy"_a, "dy_stride"_a,
       "dcell"_a, "dcell_stride"_a, "dh"_a, "dc"_a, "dgates"_a, "device"_a, "stream"_a, nogil);
+
+#ifdef SORA_WITH_CUDA
+  m.def(
+      "lstm_resident_forward",
+      [](int dtype, const ResidentNumbers& numbers, int device, Address stream) {
+        const LstmResidentForward args = lstm_resident_forward_of(numbers.data());
+        check_resident(lstm_resident_forward_cuda(static_cast<DType>(dtype), args, device, ptr(stream)),
+                       "lstm_resident_forward");
+      },
+      "dtype"_a, "numbers"_a, "device"_a, "stream"_a, nogil);
+  m.def(
+      "lstm_resident_backward",
+      [](int dtype, const ResidentNumbers& numbers, int device, Address stream) {
+        const LstmResidentBackward args = lstm_resident_backward_of(numbers.data());
+        check_resident(lstm_resident_backward_cuda(static_cast<DType>(dtype), args, device, ptr(stream)),
+                       "lstm_resident_backward");
+      },
+      "dtype"_a, "numbers"_a, "device"_a, "stream"_a, nogil);
+#endif
 }
 
 }  // namespace sora

@@ -9,7 +9,7 @@
 
 namespace sora {
 
-constexpr int kLstmResidentShapeNumbers = 10, kLstmResidentForwardNumbers = 24, kLstmResidentBackwardNumbers = 24;
+constexpr int kLstmResidentNumbers = 24;  // of either pass; the first 10 are the shape's
 
 class NumbersInOrder {
  public:

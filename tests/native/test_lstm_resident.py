@@ -5,8 +5,8 @@ what is read and written, races.
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Iterator
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import emulation
+from emulation import Emulated, LaunchError, NoCompiler, build, emulated
+from mutation import mutate
 from sora_kernels.ops.lstm import reference, resident
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, RNN_RELU, Cell
 from sora_kernels.testing import assert_within_2x
-from test_lstm_cpu import Problem, named, output_gradients, problem
+from test_lstm_cpu import Problem, assert_same_bits, named, output_gradients, problem
 
-SOURCE = emulation.ROOT / "tests/native/emulated/lstm_resident.cu"
+SOURCE = Path(__file__).parent / "emulated" / "lstm_resident.cu"
+FEW = SOURCE.with_name("lstm_resident_few.cu")
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "lstm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = {0: 4, 2: 2, 3: 2}  # of an element, by DType
 
@@ -30,7 +33,7 @@ class Binding:
     is an error, and back.
     """
 
-    def __init__(self, device: emulation.Emulated) -> None:
+    def __init__(self, device: Emulated) -> None:
         self.device = device
 
     def lstm_resident_forward(self, dtype: int, numbers: tuple[int, ...], *where: int) -> None:
@@ -91,22 +94,22 @@ class Sizes(SimpleNamespace):
         return self.members * count * (4 if kind == "cells" else element)
 
 
+@pytest.fixture(params=CELLS.values(), ids=CELLS)
+def cell(request: pytest.FixtureRequest) -> Cell:
+    return request.param
+
+
 def memory(address: int, count: int) -> Tensor:
     return torch.frombuffer((ctypes.c_char * count).from_address(address), dtype=torch.uint8)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, seed: int, race: bool) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, seed: int = 2, source: Path = SOURCE, race: bool = False) -> None:
+    """Makes the emulation what ``resident`` calls."""
     try:
-        device = emulation.emulated(SOURCE, race=race, seed=seed)
-    except emulation.NoCompiler as why:
+        device = emulated(source, race=race, seed=seed)
+    except NoCompiler as why:
         pytest.skip(str(why))
-    module = SimpleNamespace(module=lambda: Binding(device))
-    monkeypatch.setattr(resident, "_native", module)
-
-
-@pytest.fixture(params=(1, 2, 5), ids="seed {}".format)
-def seed(request: pytest.FixtureRequest) -> int:
-    return request.param
+    monkeypatch.setattr(resident, "_native", SimpleNamespace(module=lambda: Binding(device)))
 
 
 class Tf32Products(TorchFunctionMode):
@@ -168,10 +171,214 @@ def check(*problems: Problem) -> None:
         assert_within_2x(results, plain, truth, name=name, storage=problems[0].x.dtype)
 
 
+def largest(dtype: torch.dtype) -> int:
+    return resident.MAX_HIDDEN[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_even_rows(monkeypatch, cell, dtype):
     """The kernels of exact sizes: full and partial groups of 8 rows, both directions."""
-    install(monkeypatch, seed=2, race=False)
-    sizes = (32, 128 if dtype.itemsize == 2 else 64)
-    check(*(problem(cell, 6, B, H, D=2, dtype=dtype) for B, H in zip((3, 13), sizes)))
+    install(monkeypatch)
+    check(
+        problem(cell, 5, 13, largest(dtype), D=2, dtype=dtype),
+        problem(cell, 20, 3, 32, D=2, dtype=dtype),
+        problem(cell, 1, 8, 32, bias=False, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_hidden_size(monkeypatch, cell, dtype):
+    """Absent units, in pairs and one by one."""
+    install(monkeypatch, seed=3)
+    sizes = (1, 20, 50, 21) if dtype == torch.float32 else (1, 20, 100, 71)
+    check(*(problem(cell, 5, 3, H, D=1 + H % 2, dtype=dtype) for H in sizes))
+
+
+@pytest.mark.parametrize("rows", ["even", "lengths", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_rows_that_end_and_begin_again(monkeypatch, cell, rows, dtype):
+    """Lengths on the device, of 0 too, packed rows, resets; nothing past a row's end is read (it is NaN)."""
+    install(monkeypatch, seed=4)
+    check(
+        problem(cell, 7, 13, 32, D=2, rows=rows, reset=True, dtype=dtype),
+        problem(cell, 5, 8, 50, D=2, rows=rows, reset=rows == "even", dtype=dtype),
+        problem(cell, 5, 3, 7, D=1, rows=rows, reset=True, dtype=dtype),
+    )
+
+
+def test_nothing_is_written_past_a_row(monkeypatch, cell):
+    install(monkeypatch, seed=5)
+    monkeypatch.setattr(resident.Steps, "new", filled_with_sevens)
+    p = problem(cell, 6, 9, 32, D=2, rows="lengths", dtype=torch.bfloat16)
+    result = resident.forward(p.cell, *p.inputs, p.bias, True)
+    for name, t in (("y", result.y), ("cells", result.cells), ("gates", result.gates)):
+        if t is not None:
+            rows = t.movedim(0, 2) if name == "gates" else t
+            assert (rows[~p.live] == 7).all(), name
+            assert (rows[p.live] != 7).any(), name
+
+
+def filled_with_sevens(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.full(shape, 7, dtype=dtype or like.dtype)
+
+
+def test_only_some_states_and_gradients(monkeypatch, cell):
+    """h0 without c0, gradients of one output at a time, tapes that are made again."""
+    install(monkeypatch, seed=6)
+    p = problem(cell, 4, 3, 32, D=2, dtype=torch.bfloat16)
+    assert_same_bits(ours(p), ours(p, recompute=True))
+    p.c0 = None
+    check(p)
+    p.h0 = None
+    check(p)
+    result = resident.forward(p.cell, *p.inputs, p.bias, True)
+    grads = output_gradients(p, result)
+    whole = backward(p, result, grads)
+    parts = [backward(p, result, [g if i == k else None for i, g in enumerate(grads)]) for k in range(4)]
+    for name in ("dh0", "dx"):
+        some = sum(part[name].float() for part in parts)
+        assert_within_2x(some, some, whole[name], name=name, storage=torch.bfloat16)
+
+
+def backward(p: Problem, result: reference.Result, grads: list[Tensor | None]) -> dict[str, Tensor]:
+    needs = [True] * (2 + p.cell.has_c + len(p.weights))
+    found = resident.backward(
+        p.cell, *grads, *p.inputs, result.y, result.cells, result.gates, p.bias, needs
+    )
+    return named(p, result, found)
+
+
+def test_addresses_of_odd_elements(monkeypatch):
+    """Arrays that begin at an odd element are read one by one: same bits."""
+    install(monkeypatch, seed=7)
+    p = problem(LSTM, 4, 3, 32, dtype=torch.bfloat16)
+    aligned = ours(p)
+    for k, w in enumerate(p.weights):
+        p.weights[k] = torch.cat((w.new_zeros(1), w.flatten()))[1:].view(w.shape)
+    assert p.weights[1].data_ptr() % 4 == 2
+    for name, t in ours(p).items():
+        assert_within_2x(t.float(), t.float(), aligned[name].double(), name=name, storage=torch.bfloat16)
+
+
+def test_order_of_threads_does_not_show(monkeypatch, cell):
+    p = problem(cell, 5, 9, 32, D=2, rows="lengths", reset=True, dtype=torch.bfloat16)
+    found = []
+    for seed in (0, 8, 11):
+        install(monkeypatch, seed=seed)
+        found.append(ours(p))
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
+
+
+def test_members(monkeypatch, cell):
+    """Several layers in one launch: the bits of one at a time."""
+    install(monkeypatch, seed=9)
+    T, B, H, D, E = 3, 3, 20, 2, 2
+    problems = [problem(cell, T, B, H, D=D, dtype=torch.bfloat16) for _ in range(E)]
+    alone = [resident.forward(p.cell, *p.inputs, p.bias, True) for p in problems]
+    gx = torch.stack([
+        torch.stack([p.x.flatten(0, 1) @ p.weights[4 * d].t() for d in range(D)]) for p in problems
+    ])  # fmt: skip
+    like = alone[0]
+    out = {
+        name: t.new_full((E, *t.shape), torch.nan)
+        for name in ("gates", "y", "cells", "h_n", "c_n") if (t := getattr(like, name)) is not None
+    }  # fmt: skip
+
+    def address(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    given = [gx] + [torch.stack([p.weights[4 * d + k] for p in problems]) for k in (1, 2, 3) for d in range(D)]
+    given += [torch.stack([p.h0 for p in problems])]
+    given += [torch.stack([p.c0 for p in problems])] if cell.has_c else [None]
+    resident._native.module().lstm_resident_forward(
+        3,
+        (cell.code, T, B, H, D, E, T * B, 0, 0, 0, *map(address, given), *(
+            address(out.get(name)) for name in ("gates", "y", "cells", "h_n", "c_n")
+        )),
+        -1, 0,
+    )  # fmt: skip
+    for name, together in out.items():
+        for e in range(E):
+            assert torch.equal(together[e], getattr(alone[e], name)), name
+
+
+def test_arguments(monkeypatch):
+    install(monkeypatch)
+    p = problem(LSTM, 2, 2, 32, dtype=torch.bfloat16)
+    for name, value, code in (
+        ("H", 130, -3), ("H", 0, -4), ("T", 0, -4), ("D", 3, -4), ("members", 65536, -3), ("data_rows", 3, -4),
+        ("dtype", 1, -1), ("gx", 0, -4), ("c_n", 0, -4), ("b_hh", 0, -4),
+    ):  # fmt: skip
+        with pytest.raises(LaunchError, match=f"error {code}"):
+            forward_with(p, name, value)
+
+
+def forward_with(p: Problem, name: str, value: int) -> None:
+    """``resident.forward`` with one number of its call changed."""
+    places = {"T": 1, "H": 3, "D": 4, "members": 5, "data_rows": 6, "gx": 10, "b_hh": 15, "c_n": 23}
+    binding = resident._native.module()
+
+    def run(dtype: int, numbers: tuple[int, ...], *where: int) -> None:
+        changed = list(numbers)
+        if name in places:
+            changed[places[name]] = value
+        given = torch.tensor(changed)
+        binding.device.run("run_lstm_resident_forward", value if name == "dtype" else dtype, given)
+
+    module = SimpleNamespace(lstm_resident_forward=run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resident, "_native", SimpleNamespace(module=lambda: module))
+        resident.forward(p.cell, *p.inputs, p.bias, True)
+
+
+def ragged(cell: Cell) -> Problem:
+    torch.manual_seed(0)
+    return problem(cell, 5, 9, 32, D=2, rows="lengths", reset=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("seed", (0, 2, 5, 7))
+def test_no_races(monkeypatch, cell, seed):
+    install(monkeypatch, seed, FEW, race=True)
+    ours(ragged(cell))
+
+
+def test_every_synchronisation_is_needed(monkeypatch):
+    """Without the barrier of either pass some order of threads gives a race, and a wrong number."""
+    problems = [ragged(LSTM), ragged(GRU)]
+    install(monkeypatch, 0, FEW)
+    expected = [ours(p) for p in problems]
+
+    def same(device: Emulated) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resident, "_native", SimpleNamespace(module=lambda: Binding(device)))
+            for p, want in zip(problems, expected, strict=True):
+                assert_same_bits(ours(p), want)
+
+    files = [KERNELS / f"resident_{name}.cuh" for name in ("fwd", "bwd")]
+    found = mutate(FEW, files, same, seeds=range(6))
+    assert len(found.sites) == 2, found.table()
+    for site in found.sites:
+        for build in found.builds:
+            assert found.caught[site.number, build], found.table()
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd"])
+def test_two_buffers_are_needed(monkeypatch, name):
+    """With one buffer for what was and what comes, a barrier a step would not be enough."""
+    problems = [ragged(LSTM)]
+    text = (KERNELS / f"resident_{name}.cuh").read_text()
+    one_buffer, count = re.subn(r"\n    buffer \^= [^;]*;", "", text)
+    assert count == 1
+    library = build(FEW, race=True, replaced={f"resident_{name}.cuh": one_buffer})
+    caught = 0
+    for seed in range(6):
+        device = Emulated(library, race=True, seed=seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resident, "_native", SimpleNamespace(module=lambda d=device: Binding(d)))
+            try:
+                ours(problems[0])
+            except LaunchError as error:
+                assert "race" in str(error)
+                caught += 1
+    assert caught

@@ -23,7 +23,7 @@ _flash_cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_cuda = _aten._scaled_dot_product_flash_attention.default
 _flash_cuda_backward = _aten._scaled_dot_product_flash_attention_backward.default
 # Scores of a head that backward holds at once: they are walked some eight times, from the cache.
-_STEP = 1 << 19
+_STEP = 1 << 17
 _LOG2E = 1.4426950408889634
 # Scores in all up to which one call for all heads is quicker than a call for each.
 _FEW = 1 << 17

@@ -52,7 +52,7 @@ SORA_KERNEL(32, 1) all_gather_kernel(uint32_t* out_ptr, int steps) {
       else
         st_async(to, U32x4{sum, 0, 0, 0}, signal);
     }
-    mbarrier_wait<Scope::cluster>(full, unsigned(step >> 1) & 1u);
+    mbarrier_wait_shared(full, unsigned(step >> 1) & 1u);
   }
   if (bulk) {  // a copy may still read this CTA's memory: nobody exits before all have received
     cluster_arrive_relaxed();

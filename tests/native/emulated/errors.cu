@@ -285,6 +285,38 @@ SORA_KERNEL(64) remote_arrival_seen_in_cta_scope(uint32_t*, int) {
   sync_warp();
   cluster_sync();
 }
+SORA_KERNEL(64) global_data_behind_a_shared_wait(uint32_t* data, int) {
+  if (i() == 0) {
+    mbarrier_init(full(), 1);
+    fence_mbarrier_init();
+  }
+  cluster_sync();
+  if (i() == 0 && cluster_rank() == 0) {
+    data[7] = 5;  // global_data_behind_a_shared_wait
+    mbarrier_arrive_cluster(map_to_rank(full(), 1));
+  }
+  if (i() == 0 && cluster_rank() == 1) {
+    mbarrier_wait_shared(full(), 0);
+    data[8] = data[7];  // global_data_behind_a_shared_wait
+  }
+  cluster_sync();
+}
+SORA_KERNEL(64) global_data_behind_a_shared_arrival(uint32_t* data, int) {
+  if (i() == 0) {
+    mbarrier_init(full(), 1);
+    fence_mbarrier_init();
+  }
+  cluster_sync();
+  if (i() == 0 && cluster_rank() == 0) {
+    data[7] = 5;  // global_data_behind_a_shared_arrival
+    mbarrier_arrive_cluster_shared(map_to_rank(full(), 1));
+  }
+  if (i() == 0 && cluster_rank() == 1) {
+    mbarrier_wait<Scope::cluster>(full(), 0);
+    data[8] = data[7];  // global_data_behind_a_shared_arrival
+  }
+  cluster_sync();
+}
 SORA_KERNEL(64) no_proxy_fence(uint32_t* data, int) {
   if (i() == 0) {
     mbarrier_init(full(), 1);
@@ -365,6 +397,8 @@ const Case kCases[] = {
     SORA_CASE(no_fence_after_init, 2, 2, false),
     SORA_CASE(relaxed_cluster_barrier, 2, 2, false),
     SORA_CASE(remote_arrival_seen_in_cta_scope, 2, 2, false),
+    SORA_CASE(global_data_behind_a_shared_wait, 2, 2, false),
+    SORA_CASE(global_data_behind_a_shared_arrival, 2, 2, false),
     SORA_CASE(no_proxy_fence, 1, 1, false),
     SORA_CASE(source_overwritten_under_a_bulk_copy, 1, 1, false),
 };
