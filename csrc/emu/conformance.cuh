@@ -233,7 +233,7 @@ SORA_KERNEL(64, 1) conformance_multicast_kernel(const uint32_t* x_ptr, uint32_t*
     mbarrier_init(shared_address(&s.read), size);
     fence_mbarrier_init();
   }
-  s.slot[i % 32] = rank;
+  if (i < 32) s.slot[i] = rank;
   cluster_sync();
   if (rank == 0 && i == 0)
     cp_async_bulk_global_to_shared_multicast(shared_address(s.mine), x_ptr, 64 * 4, full, uint16_t((1u << size) - 1));
