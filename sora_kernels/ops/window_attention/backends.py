@@ -47,7 +47,7 @@ def _triton_can_run(facts: Facts) -> Verdict:
 
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md says why."""
-    if facts.device.type == "cuda" and not _by_sdpa(facts):
+    if facts.device.type == "cuda" and not (_by_sdpa(facts) or _wide_fp32(facts)):
         return ("triton", "torch", "reference")
     return ("torch", "triton", "reference")
 
@@ -56,6 +56,11 @@ def _by_sdpa(facts: Facts) -> bool:
     """On CUDA: whether torch's fused attention takes the call, with gradients too."""
     fused = facts.dtype in (torch.float16, torch.bfloat16) and facts.head_dim % 8 == 0
     return facts.full and (fused or not facts.grad)
+
+
+def _wide_fp32(facts: Facts) -> bool:
+    """Rows that the kernels cannot hold in registers."""
+    return facts.dtype == torch.float32 and facts.head_dim >= 64
 
 
 def _floor_bytes(facts: Facts) -> int:
