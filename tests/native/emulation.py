@@ -21,8 +21,9 @@ import runpy
 import shlex
 import subprocess
 import tempfile
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -78,34 +79,40 @@ def build(
     other = {path.resolve(): text for path, text in (replaced or {}).items()}
     contents = other.get(source.resolve(), source.read_text())
     flags = [*KERNEL_FLAGS[race], *(f"-D{d}" for d in defines)]
-    headers = [*_headers(CSRC), *_headers(source.parent)]
     machine = _machine()
-    texts = (contents, *(f"{path}{text}" for path, text in other.items()), *map(str, machine))
-    library = (
-        CACHE / f"{source.stem}-{'race' if race else 'plain'}-{_digest(flags, headers, *texts)}.so"
-    )
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory() as folder:
-        folders = [source.parent, CSRC]
+    # The file's own name, for the lines in reports.
+    text = f'# 1 "{source}"\n{contents}'
+
+    def make(library: Path) -> list[Path]:
+        folder, folders = library.parent, [source.parent, CSRC]
         if other:  # a quoted include looks beside the file that has it: whole copies of the folders
-            folders = [_copied(root, Path(folder, str(k)), other) for k, root in enumerate(folders)]
-        object_file = Path(folder, "kernels.o")
-        includes = [f"-I{path}" for path in folders]
-        # The file's own name, for the lines in reports.
-        text = f'# 1 "{source}"\n{contents}'
-        _run([*compiler(), *flags, *includes, "-x", "c++", "-c", "-", "-o", str(object_file)], text)
-        _link([object_file, *machine], library)
-    return library
+            folders = [_copied(root, folder / str(k), other) for k, root in enumerate(folders)]
+        kernels = folder / "kernels.o"
+        read = _compile([*flags, *(f"-I{path}" for path in folders)], text, kernels)
+        # Without -fsanitize=thread: libtsan stays out. -Bsymbolic: each library keeps its own machine.
+        objects = [str(kernels), *map(str, machine)]
+        _run([*compiler(), "-shared", *objects, "-o", str(library), "-Wl,-Bsymbolic", "-ldl"])
+        originals = dict(zip(folders, (source.parent, CSRC), strict=True))
+        return [_original(path, originals) for path in read]
+
+    made_of = (*flags, text, *(f"{path}{text}" for path, text in other.items()), *map(str, machine))
+    return _cached(f"{source.stem}-{'race' if race else 'plain'}", ".so", made_of, make)
 
 
 def _copied(root: Path, target: Path, replaced: Mapping[Path, str]) -> Path:
-    for header in _headers(root):
+    for header in sorted(p for p in root.rglob("*") if p.suffix in (".h", ".cuh", ".cu")):
         copy = target / header.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         text = replaced.get(header.resolve(), header.read_text())
         copy.write_text(f'# 1 "{header}"\n{text}')
     return target
+
+
+def _original(path: Path, originals: Mapping[Path, Path]) -> Path:
+    for copy, root in originals.items():
+        if copy in path.parents:
+            return root / path.relative_to(copy)
+    return path
 
 
 def build_cuda(source: Path) -> Path:
@@ -117,54 +124,84 @@ def build_cuda(source: Path) -> Path:
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
     flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{CSRC}"]
-    digest = _digest([nvcc.version, *flags], _headers(CSRC), source.read_text())
-    library = CACHE / f"{source.stem}-sm_{arch}-{digest}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = library.with_suffix(f".{os.getpid()}")
-        command = [nvcc.path, *nvcc.host_flags, *flags, "-Xcompiler=-fPIC", "-shared"]
-        _run([*command, str(source), "-o", str(part)])
-        part.rename(library)
-    return library
+    command = [nvcc.path, *nvcc.host_flags, *flags, "-Xcompiler=-fPIC", "-shared", str(source)]
+
+    def make(library: Path) -> list[Path]:
+        listing = library.with_suffix(".d")
+        _run([*command, "-MMD", "-MF", str(listing), "-o", str(library)])
+        return [*_inputs(listing), source]
+
+    return _cached(f"{source.stem}-sm_{arch}", ".so", (nvcc.version, *command), make)
 
 
 @cache
 def _machine() -> tuple[Path, ...]:
     """csrc/emu, compiled in two halves: the headers cost more than the code."""
     sources = sorted((CSRC / "emu").glob("*.cpp"))
-    digest = _digest(MACHINE_FLAGS, [*_headers(CSRC), *sources])
 
     def compiled(half: int) -> Path:
-        target = CACHE / f"machine{half}-{digest}.o"
-        if not target.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}")
-            text = "".join(f'#include "{source}"\n' for source in sources[half::2])
-            _run([*compiler(), *MACHINE_FLAGS, "-x", "c++", "-c", "-", "-o", str(part)], text)
-            part.rename(target)
-        return target
+        text = "".join(f'#include "{source}"\n' for source in sources[half::2])
+        made_of = (*MACHINE_FLAGS, text)
+        return _cached(
+            f"machine{half}", ".o", made_of, lambda target: _compile(MACHINE_FLAGS, text, target)
+        )
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return tuple(pool.map(compiled, (0, 1)))
 
 
-@cache
-def _headers(folder: Path) -> tuple[Path, ...]:
-    return tuple(p for p in sorted(folder.rglob("*")) if p.suffix in (".h", ".cuh"))
+def _compile(flags: Sequence[str], text: str, target: Path) -> list[Path]:
+    """Compiles ``text``; the files that it includes."""
+    listing = target.with_suffix(".d")
+    outputs = ["-MMD", "-MF", str(listing), "-MT", "target", "-o", str(target)]
+    _run([*compiler(), *flags, "-x", "c++", "-c", "-", *outputs], text)
+    return _inputs(listing)
 
 
-def _digest(flags: Sequence[str], headers: Sequence[Path], *texts: str) -> str:
-    digest = hashlib.sha256(repr((compiler(), flags, texts)).encode())
-    for header in headers:
-        digest.update(header.name.encode() + header.read_bytes())
+def _inputs(listing: Path) -> list[Path]:
+    words = shlex.split(listing.read_text().split(":", 1)[1].replace("\\\n", " "))
+    return [Path(word) for word in words if word != "-"]
+
+
+def _cached(
+    name: str, suffix: str, made_of: Sequence[str], make: Callable[[Path], list[Path]]
+) -> Path:
+    """The file that ``make`` makes and whose inputs it returns, kept while the inputs are as they were."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(repr((compiler(), *made_of)).encode()).hexdigest()[:16]
+    listing = CACHE / f"{name}-{key}.inputs"
+    if listing.exists():
+        inputs = [Path(line) for line in listing.read_text().splitlines()]
+        target = CACHE / f"{name}-{_digest(key, inputs)}{suffix}"
+        if target.exists():
+            return target
+    _forget_old_files()
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        made = Path(folder, f"made{suffix}")
+        started = time.time()
+        inputs = make(made)
+        while any(path.stat().st_mtime >= started for path in inputs):  # edited meanwhile
+            started = time.time()
+            inputs = make(made)
+        target = CACHE / f"{name}-{_digest(key, inputs)}{suffix}"
+        made.rename(target)
+        listed = Path(folder, "inputs")
+        listed.write_text("\n".join(map(str, inputs)))
+        listed.rename(listing)
+    return target
+
+
+def _digest(key: str, inputs: Sequence[Path]) -> str:
+    digest = hashlib.sha256(key.encode())
+    for path in inputs:
+        digest.update(path.read_bytes() if path.is_file() else b"gone")
     return digest.hexdigest()[:16]
 
 
-def _link(objects: Sequence[Path], library: Path) -> None:
-    part = library.with_suffix(f".{os.getpid()}")
-    # Without -fsanitize=thread: libtsan stays out. -Bsymbolic: each library keeps its own machine.
-    _run([*compiler(), "-shared", *map(str, objects), "-o", str(part), "-Wl,-Bsymbolic", "-ldl"])
-    part.rename(library)
+def _forget_old_files(days: float = 3) -> None:
+    for path in CACHE.iterdir():
+        if path.is_file() and path.stat().st_mtime < time.time() - days * 86400:
+            path.unlink(missing_ok=True)
 
 
 def _run(command: Sequence[str], text: str | None = None) -> None:
