@@ -174,6 +174,8 @@ def _cached(
         inputs = [Path(line) for line in listing.read_text().splitlines()]
         target = CACHE / f"{name}-{_digest(key, inputs)}{suffix}"
         if target.exists():
+            target.touch()
+            listing.touch()
             return target
     _forget_old_files()
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
