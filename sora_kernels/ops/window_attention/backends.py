@@ -13,7 +13,7 @@ from ..common import triton_backend
 from . import definition, stock
 from .options import Options
 
-HEAD_DIMS = (16, 128)  # least and most of the kernels
+MOST_DIM = 128  # a row of a head that a kernel holds
 
 
 class Facts(NamedTuple):
@@ -38,11 +38,16 @@ class Facts(NamedTuple):
         return covered and not (self.bias or o.causal_t or o.dropout_p)
 
 
+def takes(head_dim: int) -> Verdict:
+    """Whether the Triton kernels take such heads."""
+    if head_dim > MOST_DIM:
+        return no(f"head_dim is {head_dim}; the kernels take up to {MOST_DIM}")
+    return YES
+
+
 def _triton_can_run(facts: Facts) -> Verdict:
-    least, most = HEAD_DIMS
-    if facts.head_dim > most:
-        return no(f"head_dim is {facts.head_dim}; the kernels take {least} to {most}")
-    return triton_backend.can_run(facts.device, facts.dtype)
+    verdict = takes(facts.head_dim)
+    return triton_backend.can_run(facts.device, facts.dtype) if verdict.ok else verdict
 
 
 def _prefer(facts: Facts) -> tuple[str, ...]:

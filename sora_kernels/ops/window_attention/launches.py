@@ -18,6 +18,7 @@ from ... import _tuning
 from ..._launches import Launch
 from ..common.dtypes import DTYPES
 from . import plans
+from .backends import takes
 from .bias_kernels import (
     _window_attention_bias_kernel,
     _window_attention_dtable_kernel,
@@ -31,7 +32,7 @@ from .bwd_kernels import (
 )
 from .fwd_kernels import _window_attention_fwd_kernel
 from .options import Options
-from .plans import DBIAS, DELTA, DKV, DQ, DTABLE, FORWARD, SMALL, Key, Step, can_run, plan_step
+from .plans import DBIAS, DELTA, DKV, DQ, DTABLE, FORWARD, SMALL, Key, Step, plan_step
 from .small_kernels import _window_attention_bwd_kernel
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _prepare(
         )
     B, T, H, W, width = qkv.shape
     C = width // 3
-    verdict = can_run(C // heads)
+    verdict = takes(C // heads)
     if not verdict.ok:
         raise ValueError(verdict.why)
     rows = math.prod(2 * n - 1 for n in options.table_window)

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _tuning
-from ..._dispatch import YES, Verdict, no
 from . import slots as slots_of
 from .options import Options
 
@@ -23,14 +22,12 @@ DKV, DBIAS = "_window_attention_dkv_kernel", "_window_attention_dbias_kernel"
 SMALL = "_window_attention_bwd_kernel"
 DTABLE = "_window_attention_dtable_kernel"
 
-MOST_DIM = 128
 ONE_TILE = 64  # tokens of a window whose backward is one kernel
 LEAST_SCALE = 1e-6  # below, a hidden score could be seen
 FILL = 1056  # programs: two waves of four on a large GPU
 WIDEST_TILE = 128  # slots: what windows are padded to, so that tiles of all kernels divide it
-WIDEST = (1 << 31) - (
-    1 << 20
-)  # beyond, offsets within a sample are int64; the rest is room for a tile
+# Beyond, offsets within a sample are int64; the rest is room for a tile.
+WIDEST = (1 << 31) - (1 << 20)
 DENSE_BYTES = 1 << 30  # of a dense bias; a larger one is gathered from the table
 # What configs and constants a kernel does not take, beside those that all do.
 _WITHOUT = {
@@ -41,13 +38,6 @@ _WITHOUT = {
     DBIAS: ("WINDOWS_INNER",),
     SMALL: ("WINDOWS_INNER",),
 }  # fmt: skip
-
-
-def can_run(head_dim: int) -> Verdict:
-    """Whether the kernels take such heads; devices and dtypes are ``triton_backend.can_run``'s."""
-    if head_dim > MOST_DIM:
-        return no(f"head_dim is {head_dim}; the kernels take up to {MOST_DIM}")
-    return YES
 
 
 class Key(NamedTuple):

@@ -267,7 +267,8 @@ def _attend_backward(
     qkv: Sequence[Tensor], do: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor, factor: Tensor | None,
     scale: float, grads: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Writes dq, dk, dv ``[3, b, n, dim]`` and gives back the gradient of the scores ``[b, n, n]``; bias and lse in base 2.
+    """Writes dq, dk, dv ``[3, b, n, dim]`` and gives back the gradient of the scores ``[b, n, n]``. Bias and lse are in
+    base 2.
 
     What is to be added to a product is there before it, and so costs no pass of its own.
     """
