@@ -17,7 +17,7 @@ from .conv_launches import DTYPES
 
 OP = passes.OP
 GATED_LAYER = "r3d_18.layer1"
-PLAIN = "statistics", "forward", "backward"  # of fp32 and of the contiguous layout
+PLAIN = ("backward",)  # of fp32 and of the contiguous layout
 # A volume that is no multiple of 16 is a specialisation of its own: scalar accesses, where registers run out first.
 GATED_ODD = "r3d_18.layer4", "contiguous, bf16, backward, residual"
 
