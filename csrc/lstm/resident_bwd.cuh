@@ -91,6 +91,18 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
 
   float dh[4] = {}, dc[4] = {};
   const int last = rows.steps - 1;
+  // A warp's 16 units of one gate and row, of c or of dy are a sector of L2 or two: each lane asks for one of the gates',
+  // and for LSTM some for the others.
+  const bool asks_gates = !kRagged && kTape > 0, asks_cells = kLstm && g < 4;
+  const bool asks_others = asks_cells || (kLstm && g < 6 && args.dy);
+  const Element* ask_gates = gates_base - 2 * g + g / 2 * H;
+  const char* ask_others = asks_cells ? reinterpret_cast<const char*>(cells_base - 2 * g + g / 2 * 8)
+                                      : reinterpret_cast<const char*>(dy_base - 2 * g);
+  const int ask_stride = D * H * int(asks_cells ? sizeof(float) : sizeof(Element));
+  int ask_row = 0;
+  if (asks_gates)
+    ask_row = (g % 2 ? rows.data_row(1, last) : rows.data_row(0, last)) - (1 + kStepsToL2) * rows.stride;
+  if (asks_gates) keep(ask_gates), keep(ask_others);
   SORA_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
@@ -165,6 +177,12 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
       row[i] = earlier[i];
       earlier[i] = rows.moved(i, earlier[i], s - 2, -1);
       load_step(i, s - 1);
+    }
+
+    if (asks_gates && s > kStepsToL2) {
+      prefetch_l2(at_row(ask_gates, ask_row, kTape * H));
+      if (asks_others) prefetch_l2(at_row(ask_others, ask_row, ask_stride));
+      ask_row -= rows.stride;
     }
 
     sync_block();

@@ -15,8 +15,6 @@
 namespace sora {
 namespace resident {
 
-constexpr int kStepsToL2 = 4;  // between the request for gx to L2 and its load
-
 template <class Element, int kUnits>
 struct ForwardShared {
   alignas(128) unsigned char h[2][Tile<Element, kUnits>::kBytes];  // h(t-1) and h(t), as operands
@@ -100,7 +98,8 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
   // A warp's 16 units of one gate and row are a sector of L2 or two: each lane asks for one.
   const bool asks = !kRagged && g < 2 * G;
   const Element* ask_base = gx_base - 2 * g + g / 2 * H;
-  int ask_row = rows.data_row(0, 0) + g % 2 + (1 + kStepsToL2) * rows.stride;
+  int ask_row = 0;
+  if (asks) ask_row = (g % 2 ? rows.data_row(1, 0) : rows.data_row(0, 0)) + (1 + kStepsToL2) * rows.stride;
   keep(gx_base), keep(y_base), keep(gates_base), keep(cells_base);
   if (!kRagged) keep(ask_base);
 

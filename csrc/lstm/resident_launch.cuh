@@ -30,26 +30,26 @@ int launch_exact(const typename Pass::Args& args, void* stream) {
   return launch<Pass, Element, kUnits, kCell, Access::exact, false>(args, stream);
 }
 
-// The emulation leaves the middle size of 16 bits out: sizes differ in a number.
+// Sizes differ in a number: the emulation compiles the largest, and of 16 bits the smallest too.
 #if defined(SORA_HOST_EMULATION)
-constexpr bool kMiddleSize = false;
+constexpr bool kAllSizes = false;
 #else
-constexpr bool kMiddleSize = true;
+constexpr bool kAllSizes = true;
 #endif
 
 template <class Pass, class Element, Cell kCell>
 int launch_cell(const typename Pass::Args& args, Access access, void* stream) {
   constexpr int kMost = sizeof(Element) == 2 ? 128 : 64, kHalf = kMost / 2;
-  constexpr bool kHasHalf = kMiddleSize || kHalf == 32;
   const int64_t H = args.shape.H;
   if (access == Access::exact) {
     if (H == kMost) return launch_exact<Pass, Element, kMost, kCell>(args, stream);
-    if constexpr (kHasHalf)
+    if constexpr (kAllSizes)
       if (H == kHalf) return launch_exact<Pass, Element, kHalf, kCell>(args, stream);
-    if (H == 32) return launch_exact<Pass, Element, 32, kCell>(args, stream);
+    if constexpr (kHalf > 32)
+      if (H == 32) return launch_exact<Pass, Element, 32, kCell>(args, stream);
   }
   if (access == Access::singles) return launch<Pass, Element, kMost, kCell, Access::singles, true>(args, stream);
-  if constexpr (kHasHalf)
+  if constexpr (kAllSizes)
     if (H <= kHalf) return launch<Pass, Element, kHalf, kCell, Access::pairs, true>(args, stream);
   return launch<Pass, Element, kMost, kCell, Access::pairs, true>(args, stream);
 }

@@ -9,6 +9,8 @@
 namespace sora {
 namespace resident {
 
+constexpr int kStepsToL2 = 4;  // between the request for a step's data to L2 and its load
+
 // Two rows of the batch. Steps are counted as the direction takes them: the reverse direction's step 0 is a row's last.
 // Without kRagged all rows have T steps, there is no reset, and rows past the batch run along with the last one's data.
 template <bool kRagged>

@@ -72,9 +72,7 @@ class Steps(NamedTuple):
         """``t`` [*shape, I] with 0 past a row's length, where it may hold anything."""
         return t if self.live is None else torch.where(self.live[..., None], t, 0)
 
-    def previous_states(
-        self, d: int, y: Tensor, h0: Tensor | None, reset: Tensor | None
-    ) -> Tensor:
+    def previous_states(self, d: int, y: Tensor, h0: Tensor | None, reset: Tensor | None) -> Tensor:
         """The h that each step of direction ``d`` started from, [rows, H]; ``y`` [*shape, H]."""
         H = y.shape[-1]
         first = y.new_zeros(self.B, H) if h0 is None else h0[d]
@@ -94,14 +92,14 @@ class Steps(NamedTuple):
             states = states.masked_fill(clear[..., None], 0)
         return states.flatten(0, 1)
 
-    def _previous_packed(
-        self, d: int, y: Tensor, first: Tensor, reset: Tensor | None
-    ) -> Tensor:
+    def _previous_packed(self, d: int, y: Tensor, first: Tensor, reset: Tensor | None) -> Tensor:
         assert self.batch_sizes is not None
         sizes, N = self.batch_sizes, len(y)
         step = torch.repeat_interleave(torch.arange(self.T), sizes, output_size=N)
         row = torch.arange(N) - (sizes.cumsum(0) - sizes)[step]
-        beside = torch.cat((sizes.new_zeros(1), sizes)) if d == 0 else torch.cat((sizes, sizes[:1] * 0))
+        beside = (
+            torch.cat((sizes.new_zeros(1), sizes)) if d == 0 else torch.cat((sizes, sizes[:1] * 0))
+        )
         if d == 0:
             begins = step == 0
             earlier = torch.arange(N) - beside[step]
@@ -141,7 +139,7 @@ def forward(
     if tapes and cell.has_c:
         cells = steps.new(x, *steps.shape, D * H, dtype=state_dtype(x.dtype))
     shape, keep = _shape(cell, steps, sizes, reset)
-    b_ih, b_hh = ((2, 3) if bias else (-1, -1))
+    b_ih, b_hh = (2, 3) if bias else (-1, -1)
     _native.module().lstm_resident_forward(
         DTYPE_CODES[x.dtype],
         (
