@@ -41,9 +41,7 @@ def forward(
         if T > steps.MOST or (T > 1 and not steps.faster(T, B, weights[1].shape[1])):
             return _forward_plain(cell, x, h0, c0, weights)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
-        return steps.forward(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes
-        )
+        return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights = all_pointable(x, weights)

@@ -281,7 +281,7 @@ def _backward_steps(
     """dgates [D, N, A*H], see LstmStepBackward, and the gradients of the first states."""
     cell, (_, _, B, H, N, *_) = walk.cell, walk
     D, G, A = len(w_hh), cell.gates, cell.tape or 1
-    size, state, (device, queue) = y.element_size(), state_dtype(y.dtype), stream(y)
+    state, (device, queue) = state_dtype(y.dtype), stream(y)
 
     def at(t: Tensor | None, d: int, row: int = 1) -> int:
         return 0 if t is None else t.data_ptr() + d * row * H * t.element_size()
