@@ -95,25 +95,31 @@ def test_ieee_products(recurrent, kind):
     call.with_options(precision="ieee").check("native", "reference")
 
 
-def test_lengths_stay_on_the_device(recurrent, kind):
-    """Nothing waits for the GPU, and one captured graph serves other lengths and resets."""
-    lengths = torch.tensor([3, 0, 5], device="cuda")
-    reset = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
-    call = on_cuda(recurrent(kind, bidirectional=True)).with_options(lengths=lengths, reset=reset)
-    call.run(backend="native")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call.run(backend="native")
-        packed = on_cuda(recurrent(kind, packed=[5, 4, 2], bidirectional=True))
-        packed.run(backend="native", memory="recompute")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("memory", ("save", "recompute"))
+def test_nothing_waits_for_the_gpu(recurrent, kind, memory):
+    for case in ("reset_lengths", "reset_packed"):
+        call = on_cuda(recurrent(kind, memory=memory, **CASES[case]))
+        leaves = {n: t.detach().requires_grad_() for n, t in call.inputs.items()}
+        grads = call.output_grads(call.call(leaves, backend="native"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = call.call(leaves, backend="native")
+            torch.autograd.grad(found, list(leaves.values()), grads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_graph_serves_all_lengths_and_resets(recurrent, kind):
+    call = on_cuda(recurrent(kind, **CASES["reset_lengths"]))
+    lengths, reset = call.options["lengths"], call.options["reset"]
     with torch.no_grad():
+        call.call(backend="native")
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y, *_ = call.call(backend="native")
         lengths.copy_(torch.tensor([5, 2, 1]))
-        reset[1, 0] = True
+        reset.logical_not_()
         graph.replay()
         assert torch.equal(y, call.call(backend="native")[0])
 
