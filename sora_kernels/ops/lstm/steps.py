@@ -93,14 +93,19 @@ class Walk(NamedTuple):
             rest = t[: self.N - self.B] if d == 0 else t[self.B :]
             return torch.cat((first, rest) if d == 0 else (rest, first))
         starts: list[int] = offsets.tolist()
-        pieces = []
+        pieces, begin, end = [], 0, 0  # rows begin .. end - 1 of t come next
         for s, n in enumerate(sizes):
-            if d == 0:
-                pieces.append(t[starts[s - 1] : starts[s - 1] + n] if s else first[:n])
-            elif s + 1 < self.T:
-                pieces += [t[starts[s + 1] : starts[s + 2]], first[sizes[s + 1] : n]]
-            else:
-                pieces.append(first[:n])
+            earlier = s - 1 if d == 0 else s + 1
+            kept = min(n, sizes[earlier]) if 0 <= earlier < self.T else 0
+            if kept:
+                if starts[earlier] != end:
+                    pieces.append(t[begin:end])
+                    begin = starts[earlier]
+                end = starts[earlier] + kept
+            if kept < n:
+                pieces += [t[begin:end], first[kept:n]]
+                begin = end
+        pieces.append(t[begin:end])
         return torch.cat(pieces)
 
     def previous_states(self, d: int, y: Tensor, h0: Tensor | None) -> Tensor:
@@ -137,8 +142,7 @@ def forward(
     inputs = input_products(flat, weights, D, G * H, width * H)
     rows = x.shape[:-1]
     y, h_n, c_n, cells, c = x.new_empty(*rows, D * H), x.new_empty(D, B, H), None, None, None
-    if cell is GRU or walk.ragged:  # others write h before they read it
-        _begin(h_n, h0)
+    _begin(h_n, h0)
     if cell is LSTM:
         c_n = x.new_empty(D, B, H)
         c = c_n if state == x.dtype else x.new_empty(D, B, H, dtype=state)
@@ -157,17 +161,15 @@ def forward(
             0 if cells is None else cells.data_ptr() + d * H * state_size, D * H,
             given if tapes and cell.tape else 0, device, queue,
         )  # fmt: skip
-        before = None if h0 is None else h0[d]
+        begun, n, own, out = h0 is not None, B, h, hidden
         for t in walk.steps(d):
-            if before is None:
-                step(t, 0)
-            elif sizes is None:
-                torch.mm(before, w, out=hidden)
-                step(t, at)
-            else:
-                torch.mm(before[: sizes[t]], w, out=hidden[: sizes[t]])
-                step(t, at)
-            before = h
+            if sizes is not None and sizes[t] != n:
+                n = sizes[t]
+                own, out = h[:n], hidden[:n]
+            if begun:
+                torch.mm(own, w, out=out)
+            step(t, at if begun else 0)
+            begun = True
     if c is not None and c is not c_n:
         c_n = c.to(x.dtype)
     gates = inputs.view(D, *rows, cell.tape * H) if tapes and cell.tape else None
@@ -309,14 +311,17 @@ def _backward_steps(
             at(dc, d, B), at(dgates, d, A * N), device, queue,
         )  # fmt: skip
         own = walk.by_step(dgates[d, :, -G * H :])
-        last, sent = walk.steps(d)[0], at(dh_n, d, B)
+        last, sent, n, out = walk.steps(d)[0], at(dh_n, d, B), B, product
         for t in reversed(walk.steps(d)):
             step(t, sent)
             if t == last and not carries:
                 if needs_dh0:
                     torch.mm(own[t], w_hh[d], out=dh0[d])
                 break
-            torch.mm(own[t], w_hh[d], out=product if walk.sizes is None else product[: len(own[t])])
+            if walk.sizes is not None and walk.sizes[t] != n:
+                n = walk.sizes[t]
+                out = product[:n]
+            torch.mm(own[t], w_hh[d], out=out)
             sent = product.data_ptr()
         if carries:
             step(-1 if d == 0 else walk.T, sent)
