@@ -71,39 +71,58 @@ def lstm_previous_states_cpu(
 ) -> None: ...
 def lstm_int8_bytes_cpu(cell: int, H: int, O: int) -> int: ...  # noqa: E741
 def lstm_pack_int8_cpu(cell: int, H: int, O: int, w: int, packed: int) -> None: ...  # noqa: E741
-def lstm_cell_forward(
-    dtype: int,
-    B: int,
-    H: int,
-    gates: int,
-    c_prev: int,
-    c_prev_stride: int,
-    c: int,
-    c_stride: int,
-    h: int,
-    h_stride: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def lstm_cell_backward(
-    dtype: int,
-    B: int,
-    H: int,
-    gates: int,
-    c_prev: int,
-    c_prev_stride: int,
-    c: int,
-    c_stride: int,
-    dy: int,
-    dy_stride: int,
-    dcell: int,
-    dcell_stride: int,
-    dh: int,
-    dc: int,
-    dgates: int,
-    device: int,
-    stream: int,
-) -> None: ...
+
+class LstmForwardSteps:
+    """LstmStepForward: made once for all steps of a direction, called once a step."""
+
+    def __init__(
+        self,
+        dtype: int,
+        steps: tuple[int, ...],
+        input: int,
+        input_stride: int,
+        b_ih: int,
+        b_hh: int,
+        h_prev: int,
+        h: int,
+        c: int,
+        y: int,
+        y_stride: int,
+        cells: int,
+        cells_stride: int,
+        gates: int,
+        device: int,
+        stream: int,
+    ) -> None:
+        """``steps``: LstmSteps' eight."""
+
+    def __call__(self, t: int, hidden: int) -> None: ...
+
+class LstmBackwardSteps:
+    """LstmStepBackward, likewise."""
+
+    def __init__(
+        self,
+        dtype: int,
+        steps: tuple[int, ...],
+        gates: int,
+        cells: int,
+        cells_stride: int,
+        c0: int,
+        h: int,
+        h_stride: int,
+        dy: int,
+        dy_stride: int,
+        dcells: int,
+        dcells_stride: int,
+        dh: int,
+        dc: int,
+        dgates: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def __call__(self, t: int, dh_next: int) -> None: ...
+
 def pyramid_pool_cpu_isa() -> str: ...
 def pyramid_pool_forward_cpu(
     dtype: int,

@@ -195,7 +195,7 @@ def launch_bounds(text: str) -> dict[str, int]:
 
 
 def readable(mangled: str) -> str:
-    """``_ZN4sora20lstm_cell_fwd_kernelIfEEv..`` -> ``lstm_cell_fwd_kernel<float>``; other names
+    """``_ZN4sora14dropout_kernelIfEEv..`` -> ``dropout_kernel<float>``; other names
     unchanged."""
     at, kernel = re.match(r"(?:_ZN?)?", mangled).end(), ""  # type: ignore[union-attr]
     while size := re.match(r"\d+", mangled[at:]):
@@ -208,13 +208,20 @@ def readable(mangled: str) -> str:
     if mangled[at : at + 1] == "I":
         at += 1
         names = {"f": "float", "d": "double", "i": "int", "b": "bool"}
+        # A type of this namespace is NS_..E, a number of such a type LNS_..E1E.
         while match := re.match(
-            r"(?P<size>\d+)|L[a-z](?P<value>n?\d+)E|(?P<name>[fdib])", mangled[at:]
+            r"(?P<literal>L)?(?P<nested>NS_)?(?P<size>\d+)|L[a-z](?P<value>n?\d+)E|(?P<name>[fdib])",
+            mangled[at:],
         ):
             at += match.end()
             if match["size"]:
-                arguments.append(mangled[at : at + int(match["size"])])
-                at += int(match["size"])
+                start, at = at, at + int(match["size"])
+                text = mangled[start:at]
+                at += 1 if match["nested"] else 0
+                if match["literal"]:
+                    text, _, _ = mangled[at:].partition("E")
+                    at += len(text) + 1
+                arguments.append(text)
             else:
                 arguments.append(match["value"] or names[match["name"]])
     return f"{kernel}<{', '.join(arguments)}>" if arguments else kernel

@@ -47,6 +47,84 @@ void check_resident(int code, const char* function) {
 }
 #endif
 
+// The arguments of all steps of a direction, cast from Python once; a call is one step. `device` < 0 is the CPU.
+template <class Args>
+struct Steps {
+  DType dtype;
+  Args args;
+  int device;
+  void* stream;
+
+  void operator()(int64_t t, Address from_product) const {
+    constexpr bool forward = std::is_same_v<Args, LstmStepForward>;
+    const char* name = forward ? "LstmForwardSteps" : "LstmBackwardSteps";
+    if (device < 0) {
+      if constexpr (forward)
+        check(lstm_step_forward_cpu(dtype, args, t, ptr(from_product)), name);
+      else
+        check(lstm_step_backward_cpu(dtype, args, t, ptr(from_product)), name);
+      return;
+    }
+#ifdef SORA_WITH_CUDA
+    if constexpr (forward)
+      check(lstm_step_forward_cuda(dtype, args, t, ptr(from_product), device, stream), name);
+    else
+      check(lstm_step_backward_cuda(dtype, args, t, ptr(from_product), device, stream), name);
+#else
+    throw std::runtime_error(std::string(name) + ": built without CUDA");
+#endif
+  }
+};
+
+// cell, T, B, H, direction, then the addresses of offsets, lengths, reset: as LstmSteps.
+LstmSteps steps_of(const std::array<int64_t, 8>& s) {
+  const auto [cell, T, B, H, direction, offsets, lengths, reset] = s;
+  return {static_cast<Cell>(cell),
+          T,
+          B,
+          H,
+          static_cast<int>(direction),
+          reinterpret_cast<const int64_t*>(offsets),
+          reinterpret_cast<const int64_t*>(lengths),
+          reinterpret_cast<const uint8_t*>(reset)};
+}
+
+void bind_steps(py::module_& m) {
+  using namespace pybind11::literals;
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  using Forward = Steps<LstmStepForward>;
+  using Backward = Steps<LstmStepBackward>;
+
+  py::class_<Forward>(m, "LstmForwardSteps")
+      .def(py::init([](int dtype, const std::array<int64_t, 8>& steps, Address input, int64_t input_stride,
+                       Address b_ih, Address b_hh, Address h_prev, Address h, Address c, Address y, int64_t y_stride,
+                       Address cells, int64_t cells_stride, Address gates, int device, Address stream) {
+             return Forward{static_cast<DType>(dtype),
+                            {steps_of(steps), ptr(input), input_stride, ptr(b_ih), ptr(b_hh), ptr(h_prev), ptr(h),
+                             ptr(c), ptr(y), y_stride, ptr(cells), cells_stride, ptr(gates)},
+                            device,
+                            ptr(stream)};
+           }),
+           "dtype"_a, "steps"_a, "input"_a, "input_stride"_a, "b_ih"_a, "b_hh"_a, "h_prev"_a, "h"_a, "c"_a, "y"_a,
+           "y_stride"_a, "cells"_a, "cells_stride"_a, "gates"_a, "device"_a, "stream"_a)
+      .def("__call__", &Forward::operator(), "t"_a, "hidden"_a, nogil);
+
+  py::class_<Backward>(m, "LstmBackwardSteps")
+      .def(py::init([](int dtype, const std::array<int64_t, 8>& steps, Address gates, Address cells,
+                       int64_t cells_stride, Address c0, Address h, int64_t h_stride, Address dy, int64_t dy_stride,
+                       Address dcells, int64_t dcells_stride, Address dh, Address dc, Address dgates, int device,
+                       Address stream) {
+             return Backward{static_cast<DType>(dtype),
+                             {steps_of(steps), ptr(gates), ptr(cells), cells_stride, ptr(c0), ptr(h), h_stride, ptr(dy),
+                              dy_stride, ptr(dcells), dcells_stride, ptr(dh), ptr(dc), ptr(dgates)},
+                             device,
+                             ptr(stream)};
+           }),
+           "dtype"_a, "steps"_a, "gates"_a, "cells"_a, "cells_stride"_a, "c0"_a, "h"_a, "h_stride"_a, "dy"_a,
+           "dy_stride"_a, "dcells"_a, "dcells_stride"_a, "dh"_a, "dc"_a, "dgates"_a, "device"_a, "stream"_a)
+      .def("__call__", &Backward::operator(), "t"_a, "dh_next"_a, nogil);
+}
+
 }  // namespace
 
 void init_lstm(py::module_& m) {
@@ -129,42 +207,7 @@ void init_lstm(py::module_& m) {
 
   m.def("lstm_cpu_isa", &lstm_cpu_isa);
 
-  // `device` < 0 is the CPU.
-  m.def(
-      "lstm_cell_forward",
-      [](int dtype, int64_t B, int64_t H, Address gates, Address c_prev, int64_t c_prev_stride, Address c,
-         int64_t c_stride, Address h, int64_t h_stride, int device, [[maybe_unused]] Address stream) {
-        const LstmCellForward args{B,      H,        ptr(gates), ptr(c_prev), c_prev_stride,
-                                   ptr(c), c_stride, ptr(h),     h_stride};
-        const auto type = static_cast<DType>(dtype);
-        if (device < 0) return check(lstm_cell_forward_cpu(type, args), "lstm_cell_forward");
-#ifdef SORA_WITH_CUDA
-        check(lstm_cell_forward_cuda(type, args, device, ptr(stream)), "lstm_cell_forward");
-#else
-        throw std::runtime_error("lstm_cell_forward: built without CUDA");
-#endif
-      },
-      "dtype"_a, "B"_a, "H"_a, "gates"_a, "c_prev"_a, "c_prev_stride"_a, "c"_a, "c_stride"_a, "h"_a, "h_stride"_a,
-      "device"_a, "stream"_a, nogil);
-
-  m.def(
-      "lstm_cell_backward",
-      [](int dtype, int64_t B, int64_t H, Address gates, Address c_prev, int64_t c_prev_stride, Address c,
-         int64_t c_stride, Address dy, int64_t dy_stride, Address dcell, int64_t dcell_stride, Address dh, Address dc,
-         Address dgates, int device, [[maybe_unused]] Address stream) {
-        const LstmCellBackward args{B,         H,          ptr(gates),   ptr(c_prev), c_prev_stride,
-                                    ptr(c),    c_stride,   ptr(dy),      dy_stride,   ptr(dcell),
-                                    dcell_stride, ptr(dh), ptr(dc),      ptr(dgates)};
-        const auto type = static_cast<DType>(dtype);
-        if (device < 0) return check(lstm_cell_backward_cpu(type, args), "lstm_cell_backward");
-#ifdef SORA_WITH_CUDA
-        check(lstm_cell_backward_cuda(type, args, device, ptr(stream)), "lstm_cell_backward");
-#else
-        throw std::runtime_error("lstm_cell_backward: built without CUDA");
-#endif
-      },
-      "dtype"_a, "B"_a, "H"_a, "gates"_a, "c_prev"_a, "c_prev_stride"_a, "c"_a, "c_stride"_a, "dy"_a, "dy_stride"_a,
-      "dcell"_a, "dcell_stride"_a, "dh"_a, "dc"_a, "dgates"_a, "device"_a, "stream"_a, nogil);
+  bind_steps(m);
 
 #ifdef SORA_WITH_CUDA
   m.def(

@@ -121,42 +121,72 @@ void lstm_pack_int8_cpu(Cell cell, int64_t H, int64_t O, const int8_t* w, void* 
 // The instruction set the CPU kernels run on: "avx512", "avx2" or "generic".
 const char* lstm_cpu_isa();
 
-// One LSTM step, one direction, after the caller's own GEMM has added W_hh h(t-1): the form for a step at a time, and
-// for any size that no persistent kernel takes. Row strides are in elements of the array they belong to.
-struct LstmCellForward {
-  int64_t B, H;
-  void* gates;           // [B, 4H] element, in-out: before -> after activation
-  const void* c_prev;    // [B, H] state, row stride c_prev_stride, or null for zero
-  int64_t c_prev_stride;
-  void* c;               // [B, H] state, row stride c_stride; may be c_prev
-  int64_t c_stride;
-  void* h;               // [B, H] element, row stride h_stride
+// One direction of a layer a step at a time, with the caller's own GEMM between the steps: the form for few steps, and
+// on CUDA for any size, cell and feature that no persistent kernel takes. A step is elementwise over [B, H]. Gates are
+// summed in the state type from x W_ih^T, W_hh h(t-1) and the biases; nothing is rounded in between.
+//
+// "data" arrays have one row for each (step, row) pair, step by step: row (t, b) is at t * B + b, or with `offsets` at
+// offsets[t] + b. Each has a row stride in its own elements, or is dense where none is named.
+struct LstmSteps {
+  Cell cell;
+  int64_t T, B, H;
+  int direction;           // 0: t counts up from 0; 1: down from T - 1
+  const int64_t* offsets;  // [T + 1], on the host: step t has rows 0 .. offsets[t + 1] - offsets[t] - 1, not increasing
+                           // in number and at most B. Null: B rows at every step
+  const int64_t* lengths;  // [B], in any order, beside no offsets: row b runs at steps t < lengths[b]. Or null
+  const uint8_t* reset;    // [data rows], as in LstmShape, or null
+};
+
+struct LstmStepForward {
+  LstmSteps steps;
+  const void* input;     // [data rows, G*H] element: x W_ih^T
+  int64_t input_stride;
+  const void* b_ih;      // [G*H] element; both or neither
+  const void* b_hh;
+  const void* h_prev;    // [B, H] element; GRU only
+  void* h;               // [B, H] element: h(t) of the rows that run; may be h_prev; null when not wanted
+  void* c;               // [B, H] state, in-out; LSTM only
+  void* y;               // data rows of H element: h(t), 0 for a row that does not run; null when not wanted
+  int64_t y_stride;
+  void* cells;           // data rows of H state: c(t), likewise; LSTM only; null when not wanted
+  int64_t cells_stride;
+  void* gates;           // [data rows, 4*H] element, likewise, as in LstmForward; null when not wanted. May be `input` of
+                         // the same stride
+};
+
+// Steps in the opposite order, then one more: t = -1 of direction 0, T of direction 1, if dh is there. It adds the last
+// dh_next to dh.
+struct LstmStepBackward {
+  LstmSteps steps;
+  const void* gates;     // [data rows, 4*H] element; not RNN
+  const void* cells;     // data rows of H state; LSTM only
+  int64_t cells_stride;
+  const void* c0;        // [B, H] element, or null for zero; LSTM only
+  const void* h;         // RNN: y, data rows of H element. GRU: what each step started from, after any reset, likewise
   int64_t h_stride;
-};
-
-struct LstmCellBackward {
-  int64_t B, H;
-  const void* gates;     // [B, 4H] element, after activation
-  const void* c_prev;    // [B, H] state, row stride c_prev_stride, or null for zero
-  int64_t c_prev_stride;
-  const void* c;         // [B, H] state, row stride c_stride
-  int64_t c_stride;
-  const void* dy;        // [B, H] element, row stride dy_stride, or null for zero
+  const void* dy;        // data rows of H element, or null for zero
   int64_t dy_stride;
-  const void* dcell;     // [B, H] state, row stride dcell_stride, or null for zero
-  int64_t dcell_stride;
-  const void* dh;        // [B, H] element, or null for zero: what the next step's dgates W_hh gave
-  void* dc;              // [B, H] state, in-out: dL/dc(t) from the next step -> dL/dc(t-1)
-  void* dgates;          // [B, 4H] element
+  const void* dcells;    // data rows of H state, or null for zero; LSTM only
+  int64_t dcells_stride;
+  void* dh;              // [B, H] state, in-out, zero at first: what goes to h(t-1) past the product. Null where that is
+                         // nothing: LSTM and RNN without offsets, lengths and reset
+  void* dc;              // [B, H] state, in-out: dc_n -> dc0; LSTM only
+  void* dgates;          // [data rows, A*H] element, 0 for a row that does not run: A = G, i, f, g, o of an LSTM; A = 4,
+                         // n of a, then r, z, n of u, of a GRU: either's are side by side
 };
 
-// CPU: float32, float64, bfloat16, float16 refused. CUDA: all four; `device` is made current for the launch, `stream`
-// is a cudaStream_t, and the call returns as soon as the kernel is queued.
-int lstm_cell_forward_cpu(DType dtype, const LstmCellForward& args);
-int lstm_cell_backward_cpu(DType dtype, const LstmCellBackward& args);
+// `hidden`: W_hh h(t-1) of the step's rows, [rows, G*H] element, or null for zero.
+int lstm_step_forward_cpu(DType dtype, const LstmStepForward& args, int64_t t, const void* hidden);
+// `dh_next`: [rows, H] element, or null for zero: dgates W_hh of the step before this one in the walk, thus the later one
+// in the direction's time; at the first step dh_n, of all B rows.
+int lstm_step_backward_cpu(DType dtype, const LstmStepBackward& args, int64_t t, const void* dh_next);
 #ifdef SORA_WITH_CUDA
-int lstm_cell_forward_cuda(DType dtype, const LstmCellForward& args, int device, void* stream);
-int lstm_cell_backward_cuda(DType dtype, const LstmCellBackward& args, int device, void* stream);
+// All four element types; what is not on the host is on `device`, which is made current for the launch. `stream` is a
+// cudaStream_t, and the call returns as soon as the kernel is queued.
+int lstm_step_forward_cuda(DType dtype, const LstmStepForward& args, int64_t t, const void* hidden, int device,
+                           void* stream);
+int lstm_step_backward_cuda(DType dtype, const LstmStepBackward& args, int64_t t, const void* dh_next, int device,
+                            void* stream);
 const char* lstm_cuda_error(int code);
 #endif
 

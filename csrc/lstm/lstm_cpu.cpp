@@ -330,14 +330,18 @@ void lstm_pack_int8_cpu(Cell cell, int64_t H, int64_t O, const int8_t* w, void* 
 
 const char* lstm_cpu_isa() { return kernels_for(DType::float32, Cell::lstm)->isa; }
 
-int lstm_cell_forward_cpu(DType dtype, const LstmCellForward& a) {
-  const LstmKernels* kernels = kernels_for(dtype, Cell::lstm);
-  return kernels ? kernels->step_forward(a) : kLstmUnsupportedDType;
+int lstm_step_forward_cpu(DType dtype, const LstmStepForward& a, int64_t t, const void* hidden) {
+  const LstmKernels* kernels = kernels_for(dtype, a.steps.cell);
+  if (!kernels) return kLstmUnsupportedDType;
+  kernels->step_forward(a, t, hidden);
+  return kLstmOk;
 }
 
-int lstm_cell_backward_cpu(DType dtype, const LstmCellBackward& a) {
-  const LstmKernels* kernels = kernels_for(dtype, Cell::lstm);
-  return kernels ? kernels->step_backward(a) : kLstmUnsupportedDType;
+int lstm_step_backward_cpu(DType dtype, const LstmStepBackward& a, int64_t t, const void* dh_next) {
+  const LstmKernels* kernels = kernels_for(dtype, a.steps.cell);
+  if (!kernels) return kLstmUnsupportedDType;
+  kernels->step_backward(a, t, dh_next);
+  return kLstmOk;
 }
 
 const char* lstm_error(int code) {

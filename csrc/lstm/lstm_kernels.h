@@ -91,8 +91,9 @@ struct LstmKernels {
   void (*backward_project)(const LstmBackward&, const LstmScratch&, const LstmPart&, int64_t s);  // all
   void (*backward_cell)(const LstmBackward&, const LstmScratch&, const LstmPart&, int64_t s);
   void (*backward_product)(const LstmBackward&, const LstmScratch&, const LstmPart&, int64_t s);  // all; units of O
-  int (*step_forward)(const LstmCellForward&);
-  int (*step_backward)(const LstmCellBackward&);
+  // Step t of LstmSteps.
+  void (*step_forward)(const LstmStepForward&, int64_t t, const void* hidden);
+  void (*step_backward)(const LstmStepBackward&, int64_t t, const void* dh_next);
 };
 
 // Null when the element type has no kernel.

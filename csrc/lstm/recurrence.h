@@ -399,8 +399,8 @@ struct Recurrence {
                                      backward_end,      forward_cell,
                                      forward_project,   backward_outputs,
                                      backward_project,  backward_cell,
-                                     backward_product,  LstmStep<Element>::forward,
-                                     LstmStep<Element>::backward};
+                                     backward_product,  LstmStep<Element, cell>::forward,
+                                     LstmStep<Element, cell>::backward};
     return &kernels;
   }
 };

@@ -1,9 +1,10 @@
 // Backward pass of the resident kernels: as the forward pass, with W_hh^T in registers and the steps in turn.
 //
 // A step:  cell backward -> dgates(t), dc(t-1)   from tapes loaded a step ago
-//          dgates(t) to shared memory and out
-//          barrier                               dgates(t) is whole, and nobody reads the buffer that dgates(t-1) goes to
-//          dh(t-1) = W_hh^T dgates(t)            a thread gets what its own 2 units x 2 rows need
+//          dgates(t) to shared memory
+//          barrier                               dgates(t) is whole, nobody reads the buffer that dgates(t-1) goes to
+//          dh(t-1) = W_hh^T dgates(t)            a thread gets what its own 2 units x 2 rows need; meanwhile dgates(t)
+//                                                go out, and the tapes of t-1 are loaded
 #pragma once
 
 #include "resident_float.cuh"
@@ -48,7 +49,8 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   const Element* y_base = static_cast<const Element*>(args.y) + y_before;
   const Element* dy_base = static_cast<const Element*>(args.dy) + y_before;
   Element* dgates_base = static_cast<Element*>(args.dgates) + tape_before * (kOut * H) + unit;
-  keep(gates_base), keep(cells_base), keep(y_base), keep(dy_base), keep(dgates_base);
+  keep(gates_base), keep(cells_base), keep(y_base);
+  if (!kRagged) keep(dy_base), keep(dgates_base);
 
   // Of a step to come. `before`: the state it started from, c (LSTM) or h (GRU); of an RNN, h itself.
   Pair<Element> gates[kTape ? kTape : 1][2] = {}, dy[2] = {}, h[2] = {};
@@ -126,6 +128,7 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
   keep(lane_offset), keep(store_offset[0]), keep(store_offset[1]);
   for (int s = last; s >= 0; --s) {
     float direct[4], out[kOut][4];  // dh(t) that goes straight to h(t-1); dgates
+    Pair<Element> pairs[kOut][2];
     int runs[2], cleared[2];
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -163,31 +166,36 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
           direct[k] = runs[i] ? grad.value : dh[k];
         }
       }
-      const int there = rows.runs(i, s) ? units : 0;
-      Element* to = at_row(dgates_base, row[i], kOut * H);
       SORA_UNROLL
       for (int gate = 0; gate < kOut; ++gate) {
-        const Pair<Element> pair = pair_of<Element>(out[gate][i], out[gate][2 + i]);
-        if (there > 0) store_pair<Element, kAccess>(to + gate * H, pair, there);
+        pairs[gate][i] = pair_of<Element>(out[gate][i], out[gate][2 + i]);
         if (kGru && gate == 2) continue;  // of a_n alone, which h does not reach
         const int tile = kGru && gate == 3 ? 2 : gate;
-        store_operands(shared.dgates[0] + buffer + tile * B::kBytes + store_offset[i], pair);
+        store_operands(shared.dgates[0] + buffer + tile * B::kBytes + store_offset[i], pairs[gate][i]);
       }
-      c[i] = c_before[i];
-      row[i] = earlier[i];
-      earlier[i] = rows.moved(i, earlier[i], s - 2, -1);
-      load_step(i, s - 1);
-    }
-
-    if (asks_gates && s > kStepsToL2) {
-      prefetch_l2(at_row(ask_gates, ask_row, kTape * H));
-      if (asks_others) prefetch_l2(at_row(ask_others, ask_row, ask_stride));
-      ask_row -= rows.stride;
     }
 
     sync_block();
     float sum[4];
-    multiply_summed<Element, G, kUnits>(sum, w, shared.dgates[0] + buffer + lane_offset);
+    multiply_summed<Element, G, kUnits>(sum, w, shared.dgates[0] + buffer + lane_offset, [&] {
+      SORA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int there = rows.runs(i, s) ? units : 0;
+        Element* to = at_row(dgates_base, row[i], kOut * H);
+        SORA_UNROLL
+        for (int gate = 0; gate < kOut; ++gate)
+          if (there > 0) store_pair<Element, kAccess>(to + gate * H, pairs[gate][i], there);
+        c[i] = c_before[i];
+        row[i] = earlier[i];
+        earlier[i] = rows.moved(i, earlier[i], s - 2, -1);
+        load_step(i, s - 1);
+      }
+      if (asks_gates && s > kStepsToL2) {
+        prefetch_l2(at_row(ask_gates, ask_row, kTape * H));
+        if (asks_others) prefetch_l2(at_row(ask_others, ask_row, ask_stride));
+        ask_row -= rows.stride;
+      }
+    });
     buffer ^= G * B::kBytes;
     SORA_UNROLL
     for (int k = 0; k < 4; ++k) {

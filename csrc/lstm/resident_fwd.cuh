@@ -2,9 +2,9 @@
 //
 // A step:  gates = gx(t) + biases      loaded a step ago, and asked from L2 some steps before that
 //          barrier                     h(t-1) is whole, and nobody reads the buffer that h(t) goes to
-//          gates += W_hh h(t-1)
+//          gates += W_hh h(t-1)        meanwhile h(t-1), c(t-1) and the gates of t-1 go out, and gx(t+1) is loaded
 //          cell -> h(t), c(t)          a thread has all gates of its 2 units x 2 rows
-//          h(t) to the other buffer, to y; gates and c(t) to their tapes
+//          h(t) to the other buffer
 #pragma once
 
 #include "resident_float.cuh"
@@ -125,28 +125,54 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
   int buffer = 0, lane_offset = B::offset(t, g);
   int store_offset[2] = {B::offset_of_pair(unit, 2 * t), B::offset_of_pair(unit, 2 * t + 1)};
   keep(lane_offset), keep(store_offset[0]), keep(store_offset[1]);
+  const bool takes_gates = kTape > 0 && args.gates, takes_cells = kCell == Cell::lstm && args.cells;
+  Pair<Element> tape[kTape ? kTape : 1][2];
+  int done[2] = {};  // the data row of the step before
+  const auto store_step = [&](int i, int s) {
+    int there = rows.runs(i, s) ? units : 0;
+    if (kRagged) keep(there);  // or the paths of a row that runs and of one that does not are compiled apart
+    if (there > 0) {
+      store_pair<Element, kAccess>(at_row(y_base, done[i], D * H), h[i], there);
+      if (takes_gates) {
+        Element* to = at_row(gates_base, done[i], kTape * H);
+        SORA_UNROLL
+        for (int gate = 0; gate < kTape; ++gate) store_pair<Element, kAccess>(to + gate * H, tape[gate][i], there);
+      }
+      if (takes_cells) store_pair<float, kAccess>(at_row(cells_base, done[i], D * H), F32x2{c[i], c[2 + i]}, there);
+    }
+    if (kRagged && clear[i]) {
+      h[i] = Pair<Element>{};
+      c[i] = c[2 + i] = 0.0f;
+    }
+  };
+
   for (int s = 0; s < rows.steps; ++s) {
     float gates[G][4], x_new[4];
     start_gates<kCell, Element>(gates, x_new, gx, bias);  // and gx is free for the next step's
     SORA_UNROLL
     for (int gate = 0; gate < G; ++gate)
       for (float& x : gates[gate]) keep(x);
-    SORA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const bool more = kRagged ? rows.runs(i, s + 1) : s + 1 < rows.steps;
-      load_gx(i, next[i], more);
-      if (kRagged && rows.reset) clear[i] = more && rows.cleared(row[i], next[i]);
-    }
-    if (asks && s + 1 + kStepsToL2 < rows.steps) {
-      prefetch_l2(at_row(ask_base, ask_row, G * H));
-      ask_row += rows.stride;
-    }
 
     sync_block();
-    multiply_shared<Element, G, kUnits>(gates, w, shared.h[0] + buffer + lane_offset);
+    multiply_shared<Element, G, kUnits>(gates, w, shared.h[0] + buffer + lane_offset, [&] {
+      SORA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (s > 0) store_step(i, s - 1);
+        const bool more = kRagged ? rows.runs(i, s + 1) : s + 1 < rows.steps;
+        load_gx(i, next[i], more);
+        if (kRagged && rows.reset) clear[i] = more && rows.cleared(row[i], next[i]);
+        done[i] = row[i];
+        row[i] = next[i];
+        next[i] = rows.moved(i, next[i], s + 2, 1);
+      }
+      if (asks && s + 1 + kStepsToL2 < rows.steps) {
+        prefetch_l2(at_row(ask_base, ask_row, G * H));
+        ask_row += rows.stride;
+      }
+    });
     buffer ^= B::kBytes;
 
-    float h_new[4], tape[4][4];
+    float h_new[4], active[4][4];
     SORA_UNROLL
     for (int k = 0; k < 4; ++k) {
       if constexpr (kCell == Cell::lstm) {
@@ -155,52 +181,36 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
         const float c_new = lstm_cell(cell, V{c[k]}, out).value;
         c[k] = !kRagged || rows.runs(k & 1, s) ? c_new : c[k];
         h_new[k] = out.value;
-        tape[0][k] = cell.i.value, tape[1][k] = cell.f.value, tape[2][k] = cell.g.value, tape[3][k] = cell.o.value;
+        active[0][k] = cell.i.value, active[1][k] = cell.f.value;
+        active[2][k] = cell.g.value, active[3][k] = cell.o.value;
       } else if constexpr (kCell == Cell::gru) {
         float before[2];
         split<Element>(h[k & 1], before[0], before[1]);
         GruGates<V> cell{{gates[0][k]}, {gates[1][k]}, {x_new[k]}, {gates[2][k]}};
         h_new[k] = gru_cell(cell, V{before[k >> 1]}).value;
-        tape[0][k] = cell.r.value, tape[1][k] = cell.z.value, tape[2][k] = cell.n.value, tape[3][k] = cell.q.value;
+        active[0][k] = cell.r.value, active[1][k] = cell.z.value;
+        active[2][k] = cell.n.value, active[3][k] = cell.q.value;
       } else {
         const V sum{gates[0][k]};
         h_new[k] = (args.shape.cell == Cell::rnn_relu ? relu(sum) : tanh(sum)).value;
       }
     }
-
     SORA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const bool runs = rows.runs(i, s);
       const Pair<Element> h_pair = pair_of<Element>(h_new[i], h_new[2 + i]);
-      if (!kRagged || runs) h[i] = h_pair;
-      int there = runs ? units : 0;
-      if (kRagged) keep(there);  // or the paths of a row that runs and of one that does not are compiled apart
-      if (there > 0) {
-        store_pair<Element, kAccess>(at_row(y_base, row[i], D * H), h_pair, there);
-        if constexpr (kTape > 0) {
-          if (args.gates) {
-            Element* to = at_row(gates_base, row[i], kTape * H);
-            SORA_UNROLL
-            for (int gate = 0; gate < kTape; ++gate)
-              store_pair<Element, kAccess>(to + gate * H, pair_of<Element>(tape[gate][i], tape[gate][2 + i]), there);
-          }
-        }
-        if constexpr (kCell == Cell::lstm) {
-          if (args.cells) store_pair<float, kAccess>(at_row(cells_base, row[i], D * H), F32x2{c[i], c[2 + i]}, there);
-        }
-      }
-      if (kRagged && clear[i]) {
-        h[i] = Pair<Element>{};
-        c[i] = c[2 + i] = 0.0f;
-      }
-      store_operands(shared.h[0] + buffer + store_offset[i], h[i]);
-      row[i] = next[i];
-      next[i] = rows.moved(i, next[i], s + 2, 1);
+      h[i] = !kRagged || rows.runs(i, s) ? h_pair : h[i];
+      store_operands(shared.h[0] + buffer + store_offset[i], kRagged && clear[i] ? Pair<Element>{} : h[i]);
+    }
+    if (takes_gates) {
+      SORA_UNROLL
+      for (int gate = 0; gate < kTape; ++gate)
+        for (int i = 0; i < 2; ++i) tape[gate][i] = pair_of<Element>(active[gate][i], active[gate][2 + i]);
     }
   }
 
   SORA_UNROLL
   for (int i = 0; i < 2; ++i) {
+    if (rows.steps > 0) store_step(i, rows.steps - 1);
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
     const int there = rows.there[i] ? units : 0;
     if (there <= 0) continue;

@@ -134,10 +134,11 @@ SORA_DEVICE void multiply_step<float>(float (&d)[4], const uint32_t (&a)[4], con
 template <class Element, int kGates, int kUnits>
 using Weights = uint32_t[kGates][Tile<Element, kUnits>::kSteps][4];
 
-// d[gate] += a[gate] b, one b for all gates. `lane_tile`: the tile and the lane's offset in it.
-template <class Element, int kGates, int kUnits>
+// d[gate] += a[gate] b, one b for all gates. `lane_tile`: the tile and the lane's offset in it. `meanwhile` is what the warp
+// does beside, while the tensor core is busy with the first block and with other warps' products.
+template <class Element, int kGates, int kUnits, class Meanwhile>
 SORA_DEVICE void multiply_shared(float (&d)[kGates][4], const Weights<Element, kGates, kUnits>& a,
-                                 const unsigned char* lane_tile) {
+                                 const unsigned char* lane_tile, const Meanwhile& meanwhile) {
   SORA_UNROLL
   for (int block = 0; block < Tile<Element, kUnits>::kBlocks; ++block) {
     const U32x4 b = load<U32x4>(lane_tile + block * 512);
@@ -146,14 +147,15 @@ SORA_DEVICE void multiply_shared(float (&d)[kGates][4], const Weights<Element, k
     for (int gate = 0; gate < kGates; ++gate) multiply_step<Element>(d[gate], a[gate][2 * block], b0);
     SORA_UNROLL
     for (int gate = 0; gate < kGates; ++gate) multiply_step<Element>(d[gate], a[gate][2 * block + 1], b1);
+    if (block == 0) meanwhile();
   }
 }
 
 // sum over gates of a[gate] b[gate]; tiles of the gates lie one behind the other. A chain of sums for each gate, two at
 // least: one would wait for the tensor core's latency at every step.
-template <class Element, int kGates, int kUnits>
+template <class Element, int kGates, int kUnits, class Meanwhile>
 SORA_DEVICE void multiply_summed(float (&sum)[4], const Weights<Element, kGates, kUnits>& a,
-                                 const unsigned char* lane_tiles) {
+                                 const unsigned char* lane_tiles, const Meanwhile& meanwhile) {
   using B = Tile<Element, kUnits>;
   constexpr int kChains = kGates < 2 ? 2 : kGates;
   float d[kChains][4] = {};
@@ -166,6 +168,7 @@ SORA_DEVICE void multiply_summed(float (&sum)[4], const Weights<Element, kGates,
       multiply_step<Element>(d[gate], a[gate][2 * block], b0);
       multiply_step<Element>(d[kGates < 2 ? 1 : gate], a[gate][2 * block + 1], b1);
     }
+    if (block == 0) meanwhile();
   }
   SORA_UNROLL
   for (int k = 0; k < 4; ++k) {

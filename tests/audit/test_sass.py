@@ -130,8 +130,12 @@ def test_launch_bounds():
     ("mangled", "readable"),
     [
         (
-            "_ZN4sora45_GLOBAL__N__6fa1ffb8_12_lstm_cell_cu_ee78a47a20lstm_cell_bwd_kernelI13__nv_bfloat16EEvNS_1AE",
-            "lstm_cell_bwd_kernel<__nv_bfloat16>",
+            "_ZN4sora43_GLOBAL__N__6fa1ffb8_10_dropout_cu_ee78a47a14dropout_kernelI13__nv_bfloat16EEvNS_1AE",
+            "dropout_kernel<__nv_bfloat16>",
+        ),
+        (
+            "_ZN4sora20lstm_step_bwd_kernelINS_8BFloat16ELNS_4CellE2EEEvNS_16LstmStepBackwardE",
+            "lstm_step_bwd_kernel<BFloat16, 2>",
         ),
         ("_ZN4sora12_GLOBAL__N_111walk_kernelIfLi4ELb1EEEvPf", "walk_kernel<float, 4, 1>"),
         ("_Z12plain_kernelPf", "plain_kernel"),

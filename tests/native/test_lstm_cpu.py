@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import _native
-from sora_kernels.ops.lstm import native, reference, steps
+from sora_kernels.ops.lstm import native, products, reference, steps
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, RNN_RELU, RNN_TANH, Cell
 from sora_kernels.ops.lstm.int8 import Int8Weights, quantise
 from sora_kernels.testing import assert_close, assert_within_2x, tolerance
@@ -226,7 +226,7 @@ def test_empty_batch_step_by_step(monkeypatch):
 
 def test_nothing_else_walks_steps(monkeypatch):
     def refuse(*_):
-        pytest.fail("only an LSTM on even rows, with no reset and no projection, has such a kernel")
+        pytest.fail("only of an LSTM on even rows, with no reset, was it measured to be faster")
 
     monkeypatch.setattr(steps, "faster", lambda T, B, H: True)
     monkeypatch.setattr(steps, "forward", refuse)
@@ -424,14 +424,24 @@ def test_activations_step_by_step(dtype):
     a = anything(dtype)
     H = len(a)
     gates = a.repeat(1, 4)
-    c, h, c_prev = torch.zeros(3, 1, H, dtype=dtype)
-    _native.module().lstm_cell_forward(
-        native.DTYPE_CODES[dtype], 1, H, gates.data_ptr(), c_prev.data_ptr(), H, c.data_ptr(), H,
-        h.data_ptr(), H, -1, 0,
-    )  # fmt: skip
+    c = torch.zeros(1, H, dtype=dtype)
+    forward_steps(
+        native.DTYPE_CODES[dtype], (LSTM.code, 1, 1, H, 0, 0, 0, 0), input=gates.data_ptr(),
+        input_stride=4 * H, c=c.data_ptr(), gates=gates.data_ptr(),
+    )(0, 0)  # fmt: skip
     i, _, g, _ = gates[0].chunk(4)
     check_activation(i, a, torch.sigmoid, "sigmoid")
     check_activation(g, a, torch.tanh, "tanh")
+
+
+def forward_steps(dtype: int, steps: tuple[int, ...], **given: int):
+    """LstmForwardSteps with null for everything that is not given, on the CPU."""
+    names = (
+        "input", "input_stride", "b_ih", "b_hh", "h_prev", "h", "c", "y", "y_stride", "cells",
+        "cells_stride", "gates", "stream",
+    )  # fmt: skip
+    arguments = dict.fromkeys(names, 0) | {"device": -1} | given
+    return _native.module().LstmForwardSteps(dtype=dtype, steps=steps, **arguments)
 
 
 @pytest.mark.parametrize("rows", ("even", "lengths", "packed"))
@@ -459,7 +469,7 @@ def call_directly(p: Problem, fill: float) -> dict[str, Tensor]:
     sizes = native.Sizes.of_layer(p.cell, p.weights, p.bias)
     (D, H, P), O, G = sizes, sizes.output_size, p.cell.gates  # noqa: E741
     shape, _keep = native._shape(p.cell, rows, sizes, p.reset)
-    inputs = native._input_products(rows.packed(p.x), p.weights, D, G * H, G * H)
+    inputs = products.input_products(rows.packed(p.x), p.weights, D, G * H, G * H)
     addresses = native._addresses(p.weights, sizes, p.bias)
 
     def full(*shape: int) -> Tensor:
@@ -504,11 +514,13 @@ def test_errors():
         module.lstm_forward_cpu(half, shape, 0, 4, none, 0, 0, 0, 0, 0, 0, 0, 1)
     with pytest.raises(RuntimeError, match="lstm_backward_cpu: no kernel for this element type"):
         module.lstm_backward_cpu(half, shape, 0, 0, 0, none, *(0,) * 10, 1)
-    with pytest.raises(RuntimeError, match="lstm_cell_forward: no kernel for this element type"):
-        module.lstm_cell_forward(half, 1, 1, 0, 0, 1, 0, 1, 0, 1, -1, 0)
+    with pytest.raises(RuntimeError, match="LstmForwardSteps: no kernel for this element type"):
+        forward_steps(half, (LSTM.code, 1, 1, 1, 0, 0, 0, 0))(0, 0)
+    with pytest.raises(RuntimeError, match="LstmBackwardSteps: no kernel for this element type"):
+        module.LstmBackwardSteps(half, (LSTM.code, 1, 1, 1, 0, 0, 0, 0), *(0,) * 13, -1, 0)(0, 0)
     if _native.cuda_status().state == "absent" and _native.build_info()["cuda_runtime"] is None:
-        with pytest.raises(RuntimeError, match="lstm_cell_forward: built without CUDA"):
-            module.lstm_cell_forward(0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0)
+        with pytest.raises(RuntimeError, match="LstmForwardSteps: built without CUDA"):
+            forward_steps(0, (LSTM.code, 1, 1, 1, 0, 0, 0, 0), device=0)(0, 0)
 
 
 def test_errors_before_pointers(cell):

@@ -1,5 +1,5 @@
-"""The resident recurrent kernels (csrc/lstm/lstm_resident.h), run without a GPU: numbers against the definition in fp64,
-what is read and written, races.
+"""The resident recurrent kernels (csrc/lstm/lstm_resident.h), run without a GPU: numbers against the definition in
+fp64, what is read and written, races.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulation import Emulated, LaunchError, NoCompiler, build, emulated
+from mutation import mutate
+from test_lstm_cpu import Problem, assert_same_bits, named, output_gradients, problem
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from emulation import Emulated, LaunchError, NoCompiler, build, emulated
-from mutation import mutate
 from sora_kernels.ops.lstm import reference, resident
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, RNN_RELU, Cell
 from sora_kernels.testing import assert_within_2x, poisoned
-from test_lstm_cpu import Problem, assert_same_bits, named, output_gradients, problem
 
 SOURCE = Path(__file__).parent / "emulated" / "lstm_resident.cu"
 FEW = SOURCE.with_name("lstm_resident_few.cu")
@@ -29,8 +29,8 @@ BYTES = {0: 4, 2: 2, 3: 2}  # of an element, by DType
 
 
 class Binding:
-    """The binding's two functions, by the emulation: arrays are copied to emulated memory, where every access outside them
-    is an error, and back.
+    """The binding's two functions, by the emulation: arrays are copied to emulated memory, where every access outside
+    them is an error, and back.
     """
 
     def __init__(self, device: Emulated) -> None:
@@ -376,8 +376,8 @@ def test_every_synchronisation_is_needed(monkeypatch):
     found = mutate(FEW, files, same, seeds=range(6))
     assert len(found.sites) == 2, found.table()
     for site in found.sites:
-        for build in found.builds:
-            assert found.caught[site.number, build], found.table()
+        for kind in found.builds:
+            assert found.caught[site.number, kind], found.table()
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd"])

@@ -1,4 +1,4 @@
-"""The cell kernel on a GPU: ``pytest -m gpu``. The CPU tests run its formulas, csrc/lstm/cell.h."""
+"""The step kernels on a GPU: ``pytest -m gpu``. test_recurrent_steps.py runs the same walk on the CPU."""
 
 from __future__ import annotations
 
@@ -21,6 +21,28 @@ SHAPES = (
     (3, 0, 2, 4, 1),
     (20, 33, 64, 130, 2),
 )
+LENGTHS = torch.tensor([3, 0, 5])
+RESET = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]], dtype=torch.bool)
+PACKED_RESET = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0, 1, 1], dtype=torch.bool)
+CASES = {
+    "both": {"bidirectional": True, "layers": 2},
+    "no_states_no_bias": {"states": False, "bias": False, "bidirectional": True, "H": 17},
+    "lengths": {"lengths": LENGTHS, "H": 20, "bidirectional": True},
+    "packed": {"packed": [5, 4, 2], "H": 20, "bidirectional": True},
+    "reset": {"reset": RESET, "bidirectional": True},
+    "reset_lengths": {"reset": RESET, "lengths": LENGTHS, "bidirectional": True},
+    "reset_packed": {"reset": PACKED_RESET, "packed": [5, 4, 2], "bidirectional": True},
+    "recompute": {"memory": "recompute", "reset": RESET, "lengths": LENGTHS, "bidirectional": True},
+    "recompute_packed": {"memory": "recompute", "packed": [5, 4, 2], "bidirectional": True},
+    "wide": {"T": 20, "B": 33, "I": 64, "H": 130, "bidirectional": True},
+}
+
+
+def on_cuda(call):
+    """A call of conftest.py's kind with its tensors moved; batch_sizes stay on the CPU, as in torch."""
+    moved = call.with_inputs(**{name: t.cuda() for name, t in call.inputs.items()})
+    given = {n: t.cuda() for n, t in call.options.items() if isinstance(t, torch.Tensor)}
+    return moved.with_options(**given)
 
 
 @pytest.fixture(autouse=True)
@@ -62,33 +84,72 @@ def test_forward_and_gradients(shape, dtype):
         assert_within_2x(a, b, t, name=f"result {k}")
 
 
-@pytest.mark.parametrize("function", (sk.gru, sk.rnn))
-@pytest.mark.parametrize("ragged", (False, True), ids=("dense", "lengths"))
-def test_gru_and_rnn_run_in_torch(function, ragged):
-    """No CUDA kernels of ours yet: torch's layer by default, the reference where that cannot reset."""
-    kind = torch.nn.GRU if function is sk.gru else torch.nn.RNN
-    module = kind(4, 6, bidirectional=True, device="cuda")
-    x = torch.randn(5, 3, 4, device="cuda", requires_grad=True)
-    weights = list(module.parameters())
-    lengths = torch.tensor([5, 0, 2], device="cuda") if ragged else None
-    assert sk.explain(function, x, None, weights, bidirectional=True).chosen == "torch"
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_cell_and_feature(recurrent, kind, case, dtype):
+    on_cuda(recurrent(kind, dtype=dtype, **case)).check("native", "reference")
 
-    def grads(dtype, **options):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights)]
-        y, h_n = function(
-            leaves[0], None, leaves[1:], bidirectional=True, lengths=lengths, **options
-        )
-        return [y, h_n, *torch.autograd.grad(y.sin().sum() + h_n.sum(), leaves)]
 
-    truth = grads(torch.float64, backend="reference")
-    plain = grads(torch.float32, backend="reference")
-    for options in ({}, {"memory": "recompute"}):
-        for a, b, t in zip(grads(torch.float32, **options), plain, truth, strict=True):
-            assert_within_2x(a, b, t)
+def test_ieee_products(recurrent, kind):
+    call = on_cuda(recurrent(kind, H=130, B=33, I=64, T=20, bidirectional=True))
+    call.with_options(precision="ieee").check("native", "reference")
+
+
+@pytest.mark.parametrize("memory", ("save", "recompute"))
+def test_nothing_waits_for_the_gpu(recurrent, kind, memory):
+    for case in ("reset_lengths", "reset_packed"):
+        call = on_cuda(recurrent(kind, memory=memory, **CASES[case]))
+        leaves = {n: t.detach().requires_grad_() for n, t in call.inputs.items()}
+        grads = call.output_grads(call.call(leaves, backend="native"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = call.call(leaves, backend="native")
+            torch.autograd.grad(found, list(leaves.values()), grads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_graph_serves_all_lengths_and_resets(recurrent, kind):
+    call = on_cuda(recurrent(kind, **CASES["reset_lengths"]))
+    lengths, reset = call.options["lengths"], call.options["reset"]
+    with torch.no_grad():
+        call.call(backend="native")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, *_ = call.call(backend="native")
+        lengths.copy_(torch.tensor([5, 2, 1]))
+        reset.logical_not_()
+        graph.replay()
+        assert torch.equal(y, call.call(backend="native")[0])
+
+
+def test_same_bits_in_any_memory(recurrent, kind):
+    for case in CASES.values():
+        call = on_cuda(recurrent(kind, **case))
+        first = call.run(backend="native")
+        with poisoned():
+            again = call.run(backend="native")
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("function", (sk.lstm, sk.gru, sk.rnn))
+def test_which_backend_is_chosen(function):
+    """cuDNN where it can run the call; ours where it cannot, and where bits must repeat."""
+    kind = {sk.lstm: torch.nn.LSTM, sk.gru: torch.nn.GRU, sk.rnn: torch.nn.RNN}[function]
+    weights = list(kind(4, 6, device="cuda").parameters())
+    x = torch.randn(5, 3, 4, device="cuda")
     reset = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
-    with_reset = grads(torch.float32, reset=reset)
-    for a, b, t in zip(with_reset, plain, truth, strict=True):
-        assert_within_2x(a, b, t)
+    lengths = torch.tensor([5, 0, 2], device="cuda")
+    assert sk.explain(function, x, None, weights).chosen == "torch"
+    assert sk.explain(function, x, None, weights, reset=reset).chosen == "native"
+    assert sk.explain(function, x, None, weights, lengths=lengths).chosen == "torch"
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert sk.explain(function, x, None, weights, lengths=lengths).chosen == "native"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_bitwise_repeatable_and_every_output_written():

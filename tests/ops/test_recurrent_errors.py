@@ -142,9 +142,6 @@ def facts(**changed):
 
 
 CUDA = [
-    ("native", {"cell": "gru"}, "the cell is gru"),
-    ("native", {"ragged": True}, "lengths were given or x is packed"),
-    ("native", {"reset": True}, "reset was given"),
     ("native", {"proj_size": 2}, "proj_size is 2"),
     ("native", {"dtype": torch.float8_e4m3fn}, "x is torch.float8_e4m3fn"),
     ("torch", {"precision": "ieee"}, "precision is 'ieee'"),
@@ -181,14 +178,32 @@ def test_preference(changed, first):
     assert backends._prefer(facts(**changed))[0] == first
 
 
+def test_choices_on_cuda(monkeypatch):
+    """cuDNN where it can run the call, the kernels of every cell where it cannot."""
+    monkeypatch.setattr(_native, "cuda_device_status", lambda device: _native.Status("ok"))
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        for changed, name in (
+            ({}, "torch"),
+            ({"ragged": True}, "torch"),
+            ({"reset": True}, "native"),
+            ({"reset": True, "ragged": True, "recompute": True, "grad": True}, "native"),
+            ({"tapes": True, "ragged": True}, "native"),
+            ({"precision": "tf32"}, "native"),
+            ({"precision": "tf32", "proj_size": 2}, "reference"),
+        ):
+            asked = facts(cell=cell, **changed)
+            assert backends.OPERATORS[cell.partition("_")[0]].select("", asked).name == name
+
+
 def test_deterministic_mode_passes_over_cudnn(monkeypatch):
     monkeypatch.setattr(_native, "cuda_device_status", lambda device: _native.Status("ok"))
     torch.use_deterministic_algorithms(True)
     try:
         for changed, name in (
             ({}, "native"),
-            ({"ragged": True}, "reference"),
-            ({"cell": "gru"}, "reference"),
+            ({"ragged": True}, "native"),
+            ({"cell": "gru"}, "native"),
+            ({"proj_size": 2}, "reference"),
             ({"cell": "gru", "device": CPU, "steps": 1}, "torch"),
         ):
             asked = facts(**changed)

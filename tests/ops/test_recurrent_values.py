@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sora_kernels.testing import assert_within_2x
-
 NATIVE = pytest.param("native", marks=pytest.mark.native)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LENGTHS = torch.tensor([3, 0, 5])
@@ -68,57 +66,39 @@ def named(*tables):
     }
 
 
-def check(call, backend, plain_backend):
-    kink = call.kind == "rnn_relu"
-    for _ in range(20):
-        truth = call.to(torch.float64).run(backend="reference")
-        plain = call.run(backend=plain_backend)
-        ours = call.run(backend=backend)
-        mask = truth["y"] > 0
-        if not kink or (torch.equal(ours["y"] > 0, mask) and torch.equal(plain["y"] > 0, mask)):
-            break
-        # A unit within rounding of zero fell on the other side of relu: its gradient is another.
-        x = call.inputs["x"]
-        call = call.with_inputs(x=torch.randn(x.shape).to(x.dtype))
-    assert list(ours) == list(truth) == [*call.outputs, *(f"d{name}" for name in call.inputs)]
-    for name in ours:
-        rough = kink and name not in call.outputs
-        assert_within_2x(ours[name], plain[name], truth[name], name=name, kink=rough)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", (NATIVE, "reference"))
 @pytest.mark.parametrize("case", **named(SHAPES))
 def test_dense(recurrent, kind, case, backend, dtype):
-    check(recurrent(kind, dtype=dtype, **case), backend, "torch")
+    recurrent(kind, dtype=dtype, **case).check(backend, "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", (NATIVE, "reference"))
 @pytest.mark.parametrize("case", **named(FEATURES))
 def test_features(recurrent, kind, case, backend, dtype):
-    check(recurrent(kind, dtype=dtype, **case), backend, "torch")
+    recurrent(kind, dtype=dtype, **case).check(backend, "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", (NATIVE, "reference"))
 @pytest.mark.parametrize("case", **named(PROJECTED))
 def test_projection(recurrent, case, backend, dtype):
-    check(recurrent("lstm", dtype=dtype, **case), backend, "torch")
+    recurrent("lstm", dtype=dtype, **case).check(backend, "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", **named(BEYOND))
 @pytest.mark.native
 def test_reset(recurrent, kind, case, dtype):
-    check(recurrent(kind, dtype=dtype, **case), "native", "reference")
+    recurrent(kind, dtype=dtype, **case).check("native", "reference")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", **named(CELLS))
 @pytest.mark.native
 def test_cells(recurrent, case, dtype):
-    check(recurrent("lstm", dtype=dtype, **case), "native", "reference")
+    recurrent("lstm", dtype=dtype, **case).check("native", "reference")
 
 
 @pytest.mark.parametrize("backend", (NATIVE, "reference"))
@@ -135,7 +115,7 @@ def test_reset_in_packed_data(recurrent, kind):
     call = recurrent(kind, packed=[5, 4, 2], bidirectional=True, dtype=torch.float64)
     reset = torch.zeros(11, dtype=torch.bool)
     reset[[0, 4, 7]] = True
-    check(call.with_options(reset=reset), "native", "reference")
+    call.with_options(reset=reset).check("native", "reference")
 
 
 @pytest.mark.parametrize("backend", (NATIVE, "reference"))

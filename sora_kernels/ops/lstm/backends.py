@@ -55,12 +55,6 @@ def _native_can_run(facts: Facts) -> Verdict:
         return YES if status.ok else no(status.why)
     if facts.device.type != "cuda":
         return no(f"x is on {facts.device}; the native kernels run on the CPU and on CUDA")
-    if facts.cell != "lstm":
-        return no(f"the cell is {facts.cell}; the native CUDA kernels are LSTM's alone")
-    if facts.ragged:
-        return no("lengths were given or x is packed; the native CUDA kernels take even rows")
-    if facts.reset:
-        return no("reset was given; the native CUDA kernels do not reset")
     if facts.proj_size:
         return no(f"proj_size is {facts.proj_size}; the native CUDA kernels have no projection")
     if facts.dtype not in native.DTYPE_CODES:

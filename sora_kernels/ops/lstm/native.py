@@ -2,7 +2,7 @@
 
 Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums
 in registers and threads over rows or units; every cell and feature. *Steps* (steps.py): one GEMM and
-one kernel a step; LSTM on CUDA, and on the CPU where there are too few steps to pay for packing.
+one kernel a step; on CUDA, and of an LSTM on the CPU where there are too few steps to pay for packing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
 from .pointers import all_pointable, pointable, pointer
+from .products import input_products
 from .reference import Result, state_dtype
 from .rows import Rows
 
@@ -40,7 +41,7 @@ def forward(
         if T > steps.MOST or (T > 1 and not steps.faster(T, B, weights[1].shape[1])):
             return _forward_plain(cell, x, h0, c0, weights)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
-        return steps.forward(x, h0, c0, weights, bias, tapes)
+        return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights = all_pointable(x, weights)
@@ -51,7 +52,7 @@ def forward(
         addresses = (0, 0, *addresses[2:])
     else:
         width = (cell.tape if tapes and rows.places is None else 0) or G
-        inputs = _input_products(rows.packed(x), weights, D, G * H, width * H)
+        inputs = input_products(rows.packed(x), weights, D, G * H, width * H)
     y, gates, cells, c_n = rows.empty(x, D * O), None, None, None
     if tapes and cell.tape:
         # Zero past a row's length: an op's outputs must not differ from run to run.
@@ -101,8 +102,9 @@ def backward(
     h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
     if _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.backward(
-            dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, bias, needs
-        )
+            cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, lengths, reset, y,
+            cells, gates, bias, needs,
+        )  # fmt: skip
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, P), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights, packed_x, y = all_pointable(x, weights), rows.packed(x), y.contiguous()
@@ -219,16 +221,6 @@ def _addresses(
     return tuple(found)
 
 
-def _input_products(x: Tensor, weights: Sequence[Tensor], D: int, used: int, width: int) -> Tensor:
-    """x W_ih^T of each direction in the first ``used`` columns of [D, N, width]; no axis D for one."""
-    if D == 1 and used == width:
-        return torch.mm(x, weights[0].t())
-    per, products = len(weights) // D, x.new_empty(D, len(x), width)
-    for d in range(D):
-        torch.mm(x, weights[d * per].t(), out=products[d, :, :used])
-    return products
-
-
 def _previous_states(
     rows: Rows, shape: tuple[int, ...], sizes: Sizes, d: int, y: Tensor, h0: Tensor | None
 ) -> Tensor:
@@ -248,7 +240,7 @@ def _all_products(
     """
     G, columns = cell.gates, 4 if cell is GRU else cell.gates
     H, per = len(weights[1]) // G, len(weights) // D
-    products = _input_products(x, weights, D, G * H, columns * H).view(D, len(x), columns * H)
+    products = input_products(x, weights, D, G * H, columns * H).view(D, len(x), columns * H)
     added = 2 * H if cell is GRU else G * H
     for d in range(D):
         h, w_hh = h_prev[d], weights[d * per + 1].t()

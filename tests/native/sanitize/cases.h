@@ -1,4 +1,4 @@
-// What the cases of driver.cpp and pyramid_pool.cpp share: random numbers, arrays of exactly their size, comparison.
+// What the cases of driver.cpp, steps.cpp and pyramid_pool.cpp share: random numbers, arrays of exactly their size, comparison.
 #pragma once
 
 #include <cmath>
@@ -116,6 +116,9 @@ inline void compare(const char* name, const Array& found, const Values& expected
     }
   }
 }
+
+// steps.cpp
+void check_steps(const scalar::Problem& p, const scalar::Outputs& run, const scalar::Gradients& expected, Random& random);
 
 // pyramid_pool.cpp
 void check_pyramid_pool(uint64_t number);

@@ -173,9 +173,9 @@ void check_forward(const Problem& p, const scalar::Outputs& expected, Random& ra
   compare("c_n", c_n, c_n_wanted, limit);
 }
 
-void check_backward(const Problem& p, const scalar::Outputs& tapes, Random& random, int threads) {
+void check_backward(const Problem& p, const scalar::Outputs& tapes, const scalar::Gradients& expected, Random& random,
+                    int threads) {
   const bool lstm = p.cell == Cell::lstm, gated = p.tape() > 0;
-  const scalar::Gradients expected = scalar::backward(p, tapes);
   const ShapeArrays arrays(p);
   const auto given = [&](const Values& values) { return Array(p.dtype, values, random); };
   const auto state = [&](const Values& values) { return Array(state_of(p.dtype), values, random); };
@@ -248,53 +248,6 @@ Problem with_gates_given(const Problem& p, const scalar::Outputs& run) {
         if (apart) to[p.H] = scalar::round_to(p.dtype, product);
       }
   return given;
-}
-
-void check_cell_functions(Random& random) {
-  const DType dtype = random.one_in(2) ? DType::float32 : random.one_in(2) ? DType::float64 : DType::bfloat16;
-  const DType state = state_of(dtype);
-  const int64_t B = random.in(0, 5), H = random.in(1, 40), wide = H + random.in(0, 4);
-  const auto strided = [&](int64_t stride) { return B ? (B - 1) * stride + H : 0; };
-  const Values a = random.values(B * 4 * H, dtype, 3), c_prev = random.values(strided(wide), state, 1);
-  const Array gates(dtype, a, random), c_in(state, c_prev, random), c(state, strided(wide), random),
-      h(dtype, strided(wide), random);
-  const sora::LstmCellForward forward{B, H, gates.data(), c_in.data(), wide, c.data(), wide, h.data(), wide};
-  if (const int code = sora::lstm_cell_forward_cpu(dtype, forward)) fail(sora::lstm_error(code));
-  Values c_want(c.count(), std::nan("")), h_want = c_want, gates_want(a.size());
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t j = 0; j < H; ++j) {
-      const double* row = a.data() + b * 4 * H + j;
-      double* out = gates_want.data() + b * 4 * H + j;
-      for (int g = 0; g < 4; ++g) out[g * H] = g == 2 ? std::tanh(row[g * H]) : scalar::sigmoid(row[g * H]);
-      c_want[b * wide + j] = out[H] * c_prev[b * wide + j] + out[0] * out[2 * H];
-      h_want[b * wide + j] = out[3 * H] * std::tanh(c_want[b * wide + j]);
-    }
-  compare("cell gates", gates, gates_want, tolerance(dtype));
-  compare("cell c", c, c_want, tolerance(dtype));
-  compare("cell h", h, h_want, tolerance(dtype));
-
-  const Values dy = random.values(strided(wide), dtype, 1), dcell = random.values(strided(wide), state, 1),
-               dh = random.values(B * H, dtype, 1), dc_in = random.values(B * H, state, 1);
-  const Array dy_given(dtype, dy, random), dcell_given(state, dcell, random), dh_given(dtype, dh, random),
-      dc(state, dc_in, random), dgates(dtype, B * 4 * H, random);
-  const sora::LstmCellBackward backward{B,    H,    gates.data(),       c_in.data(), wide, c.data(),
-                                        wide, dy_given.data(),   wide,               dcell_given.data(), wide,
-                                        dh_given.data(), dc.data(), dgates.data()};
-  if (const int code = sora::lstm_cell_backward_cpu(dtype, backward)) fail(sora::lstm_error(code));
-  Values dc_want(B * H), dgates_want(B * 4 * H);
-  const Values tape = gates.all(), cells = c.all();
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t j = 0; j < H; ++j) {
-      const double *g = tape.data() + b * 4 * H + j, tanh_c = std::tanh(cells[b * wide + j]);
-      const double dm = dy[b * wide + j] + dh[b * H + j], i = g[0], f = g[H], u = g[2 * H], o = g[3 * H];
-      const double whole = dc_in[b * H + j] + dcell[b * wide + j] + dm * o * (1 - tanh_c * tanh_c);
-      double* out = dgates_want.data() + b * 4 * H + j;
-      out[0] = whole * u * i * (1 - i), out[H] = whole * c_prev[b * wide + j] * f * (1 - f);
-      out[2 * H] = whole * i * (1 - u * u), out[3 * H] = dm * tanh_c * o * (1 - o);
-      dc_want[b * H + j] = whole * f;
-    }
-  compare("cell dc", dc, dc_want, tolerance(dtype));
-  compare("cell dgates", dgates, dgates_want, tolerance(dtype));
 }
 
 void check_dropout(Random& random) {
@@ -383,10 +336,11 @@ void run_case(uint64_t number) {
   for (Values* tape : {&run.gates, &run.y})
     for (double& v : *tape) v = scalar::round_to(p.dtype, v);
   for (double& v : run.cells) v = scalar::round_to(state_of(p.dtype), v);
-  check_backward(p, run, random, threads);
+  const scalar::Gradients gradients = scalar::backward(p, run);
+  check_backward(p, run, gradients, random, threads);
+  check_steps(p, run, gradients, random);
   check_previous_states(p, run, random);
   g_case = "case " + std::to_string(number);
-  check_cell_functions(random);
   check_dropout(random);
   if (number % 10 == 0) check_scalar(random);
   check_pyramid_pool(number);

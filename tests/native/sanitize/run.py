@@ -109,7 +109,7 @@ def sources(kind: str, isas: Sequence[str], folder: Path) -> list[Path]:
             stub.write_text(f'#include "{header}"\n{body}\n')
             found.append(stub)
     shim = [HERE / "gomp_shim.cpp"] if kind == "thread" else []
-    return [*found, HERE / "driver.cpp", HERE / "pyramid_pool.cpp", *shim]
+    return [*found, *(HERE / f"{name}.cpp" for name in ("driver", "steps", "pyramid_pool")), *shim]
 
 
 def build(cxx: list[str], kind: str, isas: Sequence[str], folder: Path) -> Path:
