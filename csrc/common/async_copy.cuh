@@ -68,8 +68,7 @@ SORA_DEVICE void cp_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
   } else {
     static_assert(bytes == 4 || bytes == 8, "cp.async copies 4, 8 or 16 bytes");
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
-                 "n"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "n"(bytes)
                  : "memory");
   }
 }
@@ -102,36 +101,32 @@ SORA_DEVICE void st_async(uint32_t to, V value, uint32_t mbarrier) {
   if constexpr (sizeof(V) == 16) {
     SORA_SM90(asm volatile(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "r"(mbarrier)
-        : "memory"));
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "r"(mbarrier) : "memory"));
   } else if constexpr (sizeof(V) == 8) {
-    SORA_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
-                           "r"(r[0]), "r"(r[1]), "r"(mbarrier)
-                           : "memory"));
+    SORA_SM90(asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(r[0]),
+        "r"(r[1]), "r"(mbarrier) : "memory"));
   } else {
     SORA_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
-                           "r"(r[0]), "r"(mbarrier)
-                           : "memory"));
+                           "r"(r[0]), "r"(mbarrier) : "memory"));
   }
 }
 SORA_DEVICE void cp_async_bulk_shared_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t mbarrier) {
   SORA_SM90(asm volatile(
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "r"(from), "r"(bytes), "r"(mbarrier)
-      : "memory"));
+      "r"(from), "r"(bytes), "r"(mbarrier) : "memory"));
 }
 SORA_DEVICE void cp_async_bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32_t mbarrier) {
-  SORA_SM90(asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(mbarrier)
-      : "memory"));
+  SORA_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                   "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(mbarrier) : "memory"));
 }
 SORA_DEVICE void cp_async_bulk_global_to_shared_multicast(uint32_t to, const void* from, unsigned bytes,
                                                           uint32_t mbarrier, uint16_t ranks) {
-  SORA_SM90(asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(mbarrier), "h"(ranks)
-      : "memory"));
+  SORA_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], "
+                   "%2, [%3], %4;" ::"r"(to),
+                   "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(mbarrier), "h"(ranks) : "memory"));
 }
 
 #endif

@@ -2,7 +2,7 @@
 //
 //   sync_block()                    __syncthreads: orders memory in the CTA
 //   sync_block_or(p), _and, _count  the same, and a reduction of p over the CTA
-//   barrier_sync(id, threads)       named barrier 1..15; threads: a multiple of 32, those that arrive and those that wait
+//   barrier_sync(id, threads)       named barrier 1..15; threads: a multiple of 32, of those that arrive or wait
 //   barrier_arrive(id, threads)     arrives and goes on: a producer's half
 //   sync_warp(mask)                 __syncwarp: orders memory between the lanes of mask
 //   shuffle(value, lane), shuffle_xor(value, bits), shuffle_down(value, lanes), shuffle_up(value, lanes)
@@ -24,9 +24,7 @@ SORA_DEVICE int sync_block_count(int p SORA_AND_SITE) { return emu::barrier_redu
 SORA_DEVICE void barrier_sync(int id, int threads SORA_AND_SITE) { emu::barrier(id, threads, true, site); }
 SORA_DEVICE void barrier_arrive(int id, int threads SORA_AND_SITE) { emu::barrier(id, threads, false, site); }
 SORA_DEVICE void sync_warp(uint32_t mask = kFullWarp SORA_AND_SITE) { emu::sync_warp(mask, site); }
-SORA_DEVICE uint32_t warp_ballot(bool p, uint32_t mask = kFullWarp SORA_AND_SITE) {
-  return emu::ballot(mask, p, site);
-}
+SORA_DEVICE uint32_t warp_ballot(bool p, uint32_t mask = kFullWarp SORA_AND_SITE) { return emu::ballot(mask, p, site); }
 SORA_DEVICE bool warp_any(bool p, uint32_t mask = kFullWarp SORA_AND_SITE) { return emu::ballot(mask, p, site) != 0; }
 SORA_DEVICE bool warp_all(bool p, uint32_t mask = kFullWarp SORA_AND_SITE) {
   return emu::ballot(mask, p, site) == mask;

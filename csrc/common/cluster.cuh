@@ -74,13 +74,11 @@ SORA_DEVICE V load_cluster(uint32_t address) {
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
-SORA_DEVICE void cluster_arrive() {
-  SORA_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"));
-}
+SORA_DEVICE void cluster_arrive() { SORA_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory")); }
 SORA_DEVICE void cluster_arrive_relaxed() {
-  SORA_SM90(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"));
+  SORA_SM90(asm volatile("barrier.cluster.arrive.relaxed.aligned;" :: : "memory"));
 }
-SORA_DEVICE void cluster_wait() { SORA_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory")); }
+SORA_DEVICE void cluster_wait() { SORA_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory")); }
 SORA_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();

@@ -5,8 +5,8 @@
 //   sigmoid_approx(x)                by tanh_approx: one special function, absolute error up to 2^-12
 //   sigmoid_ex2(x), tanh_ex2(x)      by ex2 and rcp, absolute error some 1e-7: for fp32 results
 //
-// The host twins round ex2 and rcp to nearest, and cut tanh's result to 11 bits after the leading one: an error as large
-// as the manual admits, but not the GPU's own bits.
+// The host twins round ex2 and rcp to nearest, and cut tanh's result to 11 bits after the leading one: an error as
+// large as the manual admits, but not the GPU's own bits.
 #pragma once
 
 #include "element.cuh"

@@ -5,7 +5,7 @@
 //   add_release<Scope>(p, v), add_relaxed<Scope>(p, v)               red: no result
 //   fetch_add_acq_rel<Scope>(p, v), fetch_add_relaxed<Scope>(p, v)   atom: the value before
 //   wait_until<Scope>(p, value)       spins until *p >= value: acquire; traps after some ten seconds
-//   grid_sync(counter, round)         barrier of a cooperative launch. counter: one word, 0 at the launch; round: 0, 1, ...
+//   grid_sync(counter, round)         barrier of a cooperative launch. counter: a word, 0 at the launch; round: 0, 1, ..
 #pragma once
 
 #include "barrier.cuh"
@@ -52,34 +52,44 @@ SORA_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t value SORA_AND_SITE
 #else
 
 // STATEMENT(scope) with the scope as a string literal.
-#define SORA_BY_SCOPE(STATEMENT)               \
-  if constexpr (scope == Scope::cta) {         \
-    STATEMENT("cta");                          \
-  } else if constexpr (scope == Scope::gpu) {  \
-    STATEMENT("gpu");                          \
-  } else {                                     \
-    SORA_SM90(STATEMENT("cluster"));           \
+#define SORA_BY_SCOPE(STATEMENT)              \
+  if constexpr (scope == Scope::cta) {        \
+    STATEMENT("cta");                         \
+  } else if constexpr (scope == Scope::gpu) { \
+    STATEMENT("gpu");                         \
+  } else {                                    \
+    SORA_SM90(STATEMENT("cluster"));          \
   }
 
-#define SORA_DEFINE_STORE(NAME, ORDER)                                                                          \
-  template <Scope scope>                                                                                        \
-  SORA_DEVICE void NAME(uint32_t* p, uint32_t value) {                                                          \
-    const auto to = __cvta_generic_to_global(p);                                                                \
-    SORA_BY_SCOPE(ORDER)                                                                                        \
+#define SORA_DEFINE_STORE(NAME, ORDER)                 \
+  template <Scope scope>                               \
+  SORA_DEVICE void NAME(uint32_t* p, uint32_t value) { \
+    const auto to = __cvta_generic_to_global(p);       \
+    SORA_BY_SCOPE(ORDER)                               \
   }
-#define SORA_STORE_RELEASE(SCOPE) asm volatile("st.release." SCOPE ".global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
-#define SORA_STORE_RELAXED(SCOPE) asm volatile("st.relaxed." SCOPE ".global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
-#define SORA_ADD_RELEASE(SCOPE) asm volatile("red.release." SCOPE ".global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
-#define SORA_ADD_RELAXED(SCOPE) asm volatile("red.relaxed." SCOPE ".global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
+#define SORA_STORE_RELEASE(SCOPE) \
+  asm volatile("st.release." SCOPE ".global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
+#define SORA_STORE_RELAXED(SCOPE) \
+  asm volatile("st.relaxed." SCOPE ".global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
+#define SORA_ADD_RELEASE(SCOPE) \
+  asm volatile("red.release." SCOPE ".global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
+#define SORA_ADD_RELAXED(SCOPE) \
+  asm volatile("red.relaxed." SCOPE ".global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory")
 SORA_DEFINE_STORE(store_release, SORA_STORE_RELEASE)
 SORA_DEFINE_STORE(store_relaxed, SORA_STORE_RELAXED)
 SORA_DEFINE_STORE(add_release, SORA_ADD_RELEASE)
 SORA_DEFINE_STORE(add_relaxed, SORA_ADD_RELAXED)
 
-#define SORA_LOAD_ACQUIRE(SCOPE) \
-  asm volatile("ld.acquire." SCOPE ".global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory")
-#define SORA_LOAD_RELAXED(SCOPE) \
-  asm volatile("ld.relaxed." SCOPE ".global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory")
+#define SORA_LOAD_ACQUIRE(SCOPE)                            \
+  asm volatile("ld.acquire." SCOPE ".global.u32 %0, [%1];" \
+               : "=r"(value)                                \
+               : "l"(__cvta_generic_to_global(p))           \
+               : "memory")
+#define SORA_LOAD_RELAXED(SCOPE)                            \
+  asm volatile("ld.relaxed." SCOPE ".global.u32 %0, [%1];" \
+               : "=r"(value)                                \
+               : "l"(__cvta_generic_to_global(p))           \
+               : "memory")
 template <Scope scope>
 SORA_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t value = 0;
@@ -93,15 +103,15 @@ SORA_DEVICE uint32_t load_relaxed(const uint32_t* p) {
   return value;
 }
 
-#define SORA_FETCH_ADD_ACQ_REL(SCOPE)                                                     \
-  asm volatile("atom.acq_rel." SCOPE ".global.add.u32 %0, [%1], %2;"                      \
-               : "=r"(before)                                                             \
-               : "l"(__cvta_generic_to_global(p)), "r"(value)                             \
+#define SORA_FETCH_ADD_ACQ_REL(SCOPE)                                \
+  asm volatile("atom.acq_rel." SCOPE ".global.add.u32 %0, [%1], %2;" \
+               : "=r"(before)                                        \
+               : "l"(__cvta_generic_to_global(p)), "r"(value)        \
                : "memory")
-#define SORA_FETCH_ADD_RELAXED(SCOPE)                                                     \
-  asm volatile("atom.relaxed." SCOPE ".global.add.u32 %0, [%1], %2;"                      \
-               : "=r"(before)                                                             \
-               : "l"(__cvta_generic_to_global(p)), "r"(value)                             \
+#define SORA_FETCH_ADD_RELAXED(SCOPE)                                \
+  asm volatile("atom.relaxed." SCOPE ".global.add.u32 %0, [%1], %2;" \
+               : "=r"(before)                                        \
+               : "l"(__cvta_generic_to_global(p)), "r"(value)        \
                : "memory")
 template <Scope scope>
 SORA_DEVICE uint32_t fetch_add_acq_rel(uint32_t* p, uint32_t value) {

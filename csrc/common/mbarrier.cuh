@@ -8,7 +8,7 @@
 //   mbarrier_expect_tx(b, bytes)           no arrival, no order
 //   mbarrier_arrive_cluster(b)             b = map_to_rank(...): release, Scope::cluster
 //   mbarrier_arrive_cluster_relaxed(b)     no order
-//   mbarrier_wait<Scope>(b, parity)        until the phase of this parity (0, 1, 0, ...) is complete: acquire. Traps after
+//   mbarrier_wait<Scope>(b, parity)        until the phase of this parity (0, 1, 0, ..) is complete: acquire. Traps after
 //                                          some ten seconds. Scope::cluster where other CTAs arrive or copies come in
 //   mbarrier_try_wait<Scope>(b, parity)    once
 //   mbarrier_wait_shared(b, parity)        as Scope::cluster, but it orders shared memory only: a wait in cluster scope
@@ -66,19 +66,18 @@ SORA_DEVICE void mbarrier_init(uint32_t mbarrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals) : "memory");
 }
 SORA_DEVICE void fence_mbarrier_init() {
-  SORA_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  SORA_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
 }
 SORA_DEVICE void mbarrier_arrive(uint32_t mbarrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(mbarrier) : "memory");
 }
 SORA_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, unsigned bytes) {
   SORA_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier),
-                         "r"(bytes)
-                         : "memory"));
+                         "r"(bytes) : "memory"));
 }
 SORA_DEVICE void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes) {
-  SORA_SM90(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(bytes)
-                         : "memory"));
+  SORA_SM90(
+      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(bytes) : "memory"));
 }
 SORA_DEVICE void mbarrier_arrive_cluster(uint32_t mbarrier) {
   SORA_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory"));
@@ -123,7 +122,7 @@ SORA_DEVICE void mbarrier_wait(uint32_t mbarrier, unsigned parity) {
   }
 }
 SORA_DEVICE void mbarrier_arrive_cluster_shared(uint32_t mbarrier) {
-  SORA_SM90(asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory"));
+  SORA_SM90(asm volatile("fence.release.sync_restrict::shared::cta.cluster;" :: : "memory"));
   mbarrier_arrive_cluster_relaxed(mbarrier);
 }
 SORA_DEVICE void mbarrier_wait_shared(uint32_t mbarrier, unsigned parity) {

@@ -2,7 +2,7 @@
 //
 //   U32x2, U32x4, F32x2, F32x4      registers .x .y (.z .w)
 //   load<V>(p), store(p, v)         one access of sizeof(V) bytes, to global or shared memory; p aligned to it
-//   load_once<V>(p)                 global memory that this launch never writes, read once: ld.global.nc.L1::no_allocate
+//   load_once<V>(p)                 global memory that this launch never writes, read once: ld.nc.L1::no_allocate
 //   load_read_only<V>(p)            global memory that this launch never writes: ld.global.nc
 //   store_global(p, v)              global memory, where the compiler cannot see that it is: st.global
 //   store_streaming(p, v)           global memory that nobody reads soon: st.global.cs
@@ -84,51 +84,53 @@ SORA_DEVICE V from_registers(const uint32_t (&r)[sizeof(V) < 4 ? 1 : sizeof(V) /
 
 }  // namespace memory_detail
 
-#define SORA_DEFINE_LOAD(NAME, QUALIFIERS)                                                                        \
-  template <class V>                                                                                              \
-  SORA_DEVICE V NAME(const void* p) {                                                                             \
-    static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");           \
-    uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4];                                                                \
-    if constexpr (sizeof(V) == 16) {                                                                              \
-      asm volatile("ld.global" QUALIFIERS ".v4.b32 {%0, %1, %2, %3}, [%4];"                                       \
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                               \
-                   : "l"(__cvta_generic_to_global(p)));                                                           \
-    } else if constexpr (sizeof(V) == 8) {                                                                        \
-      asm volatile("ld.global" QUALIFIERS ".v2.b32 {%0, %1}, [%2];"                                               \
-                   : "=r"(r[0]), "=r"(r[1])                                                                       \
-                   : "l"(__cvta_generic_to_global(p)));                                                           \
-    } else if constexpr (sizeof(V) == 4) {                                                                        \
-      asm volatile("ld.global" QUALIFIERS ".b32 %0, [%1];" : "=r"(r[0]) : "l"(__cvta_generic_to_global(p)));      \
-    } else {                                                                                                      \
-      uint16_t half;                                                                                              \
-      asm volatile("ld.global" QUALIFIERS ".b16 %0, [%1];" : "=h"(half) : "l"(__cvta_generic_to_global(p)));      \
-      r[0] = half;                                                                                                \
-    }                                                                                                             \
-    return memory_detail::from_registers<V>(r);                                                                   \
+#define SORA_DEFINE_LOAD(NAME, QUALIFIERS)                                                                   \
+  template <class V>                                                                                         \
+  SORA_DEVICE V NAME(const void* p) {                                                                        \
+    static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");      \
+    uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4];                                                           \
+    if constexpr (sizeof(V) == 16) {                                                                         \
+      asm volatile("ld.global" QUALIFIERS ".v4.b32 {%0, %1, %2, %3}, [%4];"                                  \
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                          \
+                   : "l"(__cvta_generic_to_global(p)));                                                      \
+    } else if constexpr (sizeof(V) == 8) {                                                                   \
+      asm volatile("ld.global" QUALIFIERS ".v2.b32 {%0, %1}, [%2];"                                          \
+                   : "=r"(r[0]), "=r"(r[1])                                                                  \
+                   : "l"(__cvta_generic_to_global(p)));                                                      \
+    } else if constexpr (sizeof(V) == 4) {                                                                   \
+      asm volatile("ld.global" QUALIFIERS ".b32 %0, [%1];" : "=r"(r[0]) : "l"(__cvta_generic_to_global(p))); \
+    } else {                                                                                                 \
+      uint16_t half;                                                                                         \
+      asm volatile("ld.global" QUALIFIERS ".b16 %0, [%1];" : "=h"(half) : "l"(__cvta_generic_to_global(p))); \
+      r[0] = half;                                                                                           \
+    }                                                                                                        \
+    return memory_detail::from_registers<V>(r);                                                              \
   }
 SORA_DEFINE_LOAD(load_once, ".nc.L1::no_allocate")
 SORA_DEFINE_LOAD(load_read_only, ".nc")
 #undef SORA_DEFINE_LOAD
 
-#define SORA_DEFINE_STORE(NAME, QUALIFIERS)                                                                            \
-template <class V>                                                                                                     \
-SORA_DEVICE void NAME(void* p, V value) {                                                                              \
-  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");                  \
-  uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4] = {};                                                                  \
-  __builtin_memcpy(r, &value, sizeof(V));                                                                              \
-  if constexpr (sizeof(V) == 16) {                                                                                     \
-    asm volatile("st.global" QUALIFIERS ".v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]),\
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])                                                                       \
-                 : "memory");                                                                                          \
-  } else if constexpr (sizeof(V) == 8) {                                                                               \
-    asm volatile("st.global" QUALIFIERS ".v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]), "r"(r[1])\
-                 : "memory");                                                                                          \
-  } else if constexpr (sizeof(V) == 4) {                                                                               \
-    asm volatile("st.global" QUALIFIERS ".b32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]) : "memory");    \
-  } else {                                                                                                             \
-    asm volatile("st.global" QUALIFIERS ".b16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "h"(uint16_t(r[0])) : "memory");\
-  }                                                                                                                    \
-}
+#define SORA_DEFINE_STORE(NAME, QUALIFIERS)                                                                           \
+  template <class V>                                                                                                  \
+  SORA_DEVICE void NAME(void* p, V value) {                                                                           \
+    static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");               \
+    uint32_t r[sizeof(V) < 4 ? 1 : sizeof(V) / 4] = {};                                                               \
+    __builtin_memcpy(r, &value, sizeof(V));                                                                           \
+    if constexpr (sizeof(V) == 16) {                                                                                  \
+      asm volatile("st.global" QUALIFIERS ".v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),       \
+                   "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])                                                         \
+                   : "memory");                                                                                       \
+    } else if constexpr (sizeof(V) == 8) {                                                                            \
+      asm volatile("st.global" QUALIFIERS ".v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]),    \
+                   "r"(r[1])                                                                                          \
+                   : "memory");                                                                                       \
+    } else if constexpr (sizeof(V) == 4) {                                                                            \
+      asm volatile("st.global" QUALIFIERS ".b32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(r[0]) : "memory"); \
+    } else {                                                                                                          \
+      asm volatile("st.global" QUALIFIERS ".b16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "h"(uint16_t(r[0]))    \
+                   : "memory");                                                                                       \
+    }                                                                                                                 \
+  }
 SORA_DEFINE_STORE(store_global, "")
 SORA_DEFINE_STORE(store_streaming, ".cs")
 #undef SORA_DEFINE_STORE

@@ -2,7 +2,7 @@
 //
 //   mma_m16n8k16<Half>(d, a, b), <BFloat16>    a[4], b[2]: two elements a register
 //   mma_m16n8k8_tf32(d, a, b)                  a[4], b[2]: one element a register, the low 13 bits are ignored
-//   ldmatrix_x4(r, address), _x2, _x1          8x8 matrices of 16-bit elements from shared memory; lane 8 i + j gives the
+//   ldmatrix_x4(r, address), _x2, _x1          8x8 matrices of 16-bit elements in shared memory; lane 8 i + j gives the
 //   ldmatrix_x4_trans(r, address), _x2_trans   address of row j of matrix i, 16 bytes, aligned to 16
 //   shared_address(p)                          the 32-bit shared address of p
 //
@@ -12,8 +12,8 @@
 //   k = 8:  a[0] = A[g][t]  a[1] = A[g+8][t]  a[2] = A[g][t+4]  a[3] = A[g+8][t+4];  b[0] = B[t][g]  b[1] = B[t+4][g]
 //   both:   d[0], d[1] = D[g][2t], D[g][2t+1];  d[2], d[3] = D[g+8][2t], D[g+8][2t+1]
 //   ldmatrix: r[i] = M_i[g][2t..2t+1], with _trans M_i[2t..2t+1][g]
-// So ldmatrix on rows of A gives a[0..3] from the blocks (0, 0), (8, 0), (0, 8), (8, 8) of (row, k); on rows of B^T, that
-// is on [n][k], b[0..1] from the blocks k = 0, 8; with _trans on [k][n] the same.
+// So ldmatrix on rows of A gives a[0..3] from the blocks (0, 0), (8, 0), (0, 8), (8, 8) of (row, k); on rows of B^T,
+// that is on [n][k], b[0..1] from the blocks k = 0, 8; with _trans on [k][n] the same.
 #pragma once
 
 #include "element.cuh"
@@ -90,10 +90,11 @@ SORA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
 }
 
 // Not volatile: a pure function of registers, which the compiler may schedule among the loads.
-#define SORA_MMA(SHAPE, TYPE)                                                                                \
-  asm("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
-      "{%8, %9}, {%0, %1, %2, %3};"                                                                          \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+#define SORA_MMA(SHAPE, TYPE)                                 \
+  asm("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "             \
+      "{%8, %9}, {%0, %1, %2, %3};"                           \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])        \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <class T>

@@ -35,12 +35,12 @@ SORA_DEVICE void fence_acq_rel() {
   if constexpr (scope == Scope::cta) {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
   } else if constexpr (scope == Scope::cluster) {
-    SORA_SM90(asm volatile("fence.acq_rel.cluster;" ::: "memory"));
+    SORA_SM90(asm volatile("fence.acq_rel.cluster;" :: : "memory"));
   } else {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
 }
-SORA_DEVICE void fence_proxy_async() { SORA_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory")); }
+SORA_DEVICE void fence_proxy_async() { SORA_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
 struct SpinBound {
   uint32_t spins = 0;

@@ -1,6 +1,6 @@
-// Asynchronous copies and mbarriers. A copy is queued when it is issued and lands later: at once, at a random moment, or
-// when nothing else can happen. It reads its source when it lands. What it reads and writes is recorded under an agent of
-// its own, which only the wait for it orders: that of the thread's cp.async, or that of the mbarrier it completes on.
+// Asynchronous copies and mbarriers. A copy is queued when it is issued and lands later: at once, at a random moment,
+// or when nothing else can happen. It reads its source when it lands. What it reads and writes is recorded under an
+// agent of its own, which only the wait for it orders: the thread's cp.async, or the mbarrier that it completes on.
 #include <algorithm>
 #include <cstring>
 
@@ -20,7 +20,8 @@ Stamp own_stamp() {
 }
 
 // remote: by a copy or from another CTA.
-MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, bool remote, const char* what, const Where& where) {
+MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, bool remote, const char* what,
+                           const Where& where) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
     fail_at(where, "%s at shared memory of CTA %u + %u: no mbarrier was initialised there", what, cta.number, offset);
@@ -33,7 +34,9 @@ MbarrierState& mbarrier_in(Cta& cta, uint32_t offset, const View& user, bool rem
     fail_at(where, "race: %s on the mbarrier at shared memory of CTA %u + %u, unordered with its initialisation at %s",
             what, cta.number, offset, text(state.init_where).c_str());
   if (machine.options.race && remote && !state.init_fenced)
-    fail_at(where, "race: %s on the mbarrier at shared memory of CTA %u + %u, no fence_mbarrier_init since its initialisation at %s",
+    fail_at(where,
+            "race: %s on the mbarrier at shared memory of CTA %u + %u, no fence_mbarrier_init since its initialisation "
+            "at %s",
             what, cta.number, offset, text(state.init_where).c_str());
   return state;
 }
@@ -81,7 +84,8 @@ void land_cp(Copy& copy) {
   std::memset(copy.to + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
   for (const auto& arrival : copy.arrivals) {
     if (--arrival->copies > 0) continue;
-    MbarrierState& state = mbarrier_in(*arrival->cta, arrival->mbarrier, arrival->stamp, false, "arrival of cp.async", arrival->where);
+    MbarrierState& state =
+        mbarrier_in(*arrival->cta, arrival->mbarrier, arrival->stamp, false, "arrival of cp.async", arrival->where);
     release_to(state.arriving, arrival->stamp, *arrival->cta, Scope::cta);
     if (machine.options.race)
       for (auto& [domain, known] : state.arriving) known.ordered.set(arrival->copier, arrival->sequence);
@@ -117,7 +121,8 @@ std::shared_ptr<Copy> new_copy(Copy::Kind kind, unsigned char* to, const void* f
   return copy;
 }
 
-void issue_bulk(Copy::Kind kind, Cta* target, unsigned char* to, const unsigned char* from, unsigned bytes, uint32_t mbarrier, Site site) {
+void issue_bulk(Copy::Kind kind, Cta* target, unsigned char* to, const unsigned char* from, unsigned bytes,
+                uint32_t mbarrier, Site site) {
   const unsigned piece = (bytes / kPieces + 15) / 16 * 16;
   for (unsigned done = 0; done < bytes; done += piece) {
     const auto copy = new_copy(kind, to + done, from + done, std::min(piece, bytes - done), site);
@@ -154,7 +159,7 @@ void deliver_one() {
   land(*copy);
 }
 
-// ---- cp.async ----------------------------------------------------------------------------------------------------------
+// cp.async
 
 void cp_async(uint32_t to, const void* from, unsigned bytes, unsigned from_bytes, Site site) {
   preempt_point();
@@ -218,14 +223,15 @@ void cp_async_mbarrier_arrive(uint32_t mbarrier, Site site) {
   arrive(*thread.cta, state, site);
 }
 
-// ---- copies that complete on an mbarrier ---------------------------------------------------------------------------------
+// copies that complete on an mbarrier
 
 void st_async(uint32_t to, const void* value, unsigned bytes, uint32_t mbarrier, Site site) {
   preempt_point();
   unsigned char* there = shared_pointer(to, bytes, bytes, true, site);
   shared_pointer(mbarrier, 8, 8, true, site);
   Cta* target = target_of(to, true, site);
-  if (target_of(mbarrier, true, site) != target) fail(site, "the data and the mbarrier of the copy lie in different CTAs");
+  if (target_of(mbarrier, true, site) != target)
+    fail(site, "the data and the mbarrier of the copy lie in different CTAs");
   const auto copy = new_copy(Copy::store, there, nullptr, bytes, site);
   std::memcpy(copy->value, value, bytes);
   copy->target = target;
@@ -241,7 +247,8 @@ void bulk_shared_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t
   issue_bulk(Copy::bulk_shared, target_of(to, true, site), there, here, bytes, offset_of(mbarrier), site);
 }
 
-void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32_t mbarrier, unsigned ranks, Site site) {
+void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32_t mbarrier, unsigned ranks,
+                           Site site) {
   preempt_point();
   if (reinterpret_cast<uintptr_t>(from) % 16) fail(site, "misaligned: bulk copy from %p", from);
   check_access(from, bytes, machine.current->cta, false, site);
@@ -261,7 +268,7 @@ void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32
   }
 }
 
-// ---- mbarriers -----------------------------------------------------------------------------------------------------------
+// mbarriers
 
 void mbarrier_init(uint32_t mbarrier, unsigned count, Site site) {
   preempt_point();
@@ -301,7 +308,8 @@ void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site) {
   complete_if_due(*machine.current->cta, state, site);
 }
 
-void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory, Site site) {
+void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory,
+                     Site site) {
   preempt_point();
   MbarrierState& state = mbarrier_at(mbarrier, remote, "arrival", site);
   if (order == Order::release) release_to(state.arriving, stamp(), *machine.current->cta, scope, memory);

@@ -52,8 +52,8 @@ class Clock {
   std::vector<Part> parts_;
 };
 
-// fenced: the part of `ordered` that has been through a fence.proxy.async, which bulk copies may rely on. shared: what holds
-// for accesses to shared memory only.
+// fenced: the part of `ordered` that has been through a fence.proxy.async, which bulk copies may rely on. shared: what
+// holds for accesses to shared memory only.
 struct Knowledge {
   Clock ordered, fenced, shared;
   void join(const Knowledge& other) {
@@ -75,9 +75,7 @@ struct View {
   uint32_t step;
   View(const Knowledge& known, Agent self, uint32_t step) : known(known), self(self), step(step) {}
   View(const Stamp& stamp) : View(stamp.known, stamp.self, stamp.step) {}
-  bool covers(Agent agent, uint32_t at) const {
-    return agent == self ? at <= step : known.ordered.covers(agent, at);
-  }
+  bool covers(Agent agent, uint32_t at) const { return agent == self ? at <= step : known.ordered.covers(agent, at); }
   bool covers_shared(Agent agent, uint32_t at) const { return covers(agent, at) || known.shared.covers(agent, at); }
   bool covers_fenced(Agent agent, uint32_t at) const { return known.fenced.covers(agent, at); }
 };

@@ -1,5 +1,5 @@
-// One small kernel for each wrapper of csrc/common/*.cuh. They run under the emulation and on a GPU with the same expected
-// results (tests/native/test_conformance.py), so that a twin and its instruction are held to each other.
+// One small kernel for each wrapper of csrc/common/*.cuh. They run under the emulation and on a GPU with the same
+// expected results (tests/native/test_conformance.py), so that a twin and its instruction are held to each other.
 //
 // Fragments come in and go out as raw registers: the layouts are computed by the test, from another source.
 #pragma once
@@ -17,9 +17,10 @@
 
 namespace sora {
 
-// a [32, 4], b [32, 2]: registers of each lane; d [32, 4]: the accumulators, in and out. T: Half, BFloat16; float is TF32.
+// a [32, 4], b [32, 2]: registers of each lane; d [32, 4]: accumulators, in and out. T: Half, BFloat16, float for TF32.
 template <class T>
-SORA_KERNEL(32, 1) conformance_mma_kernel(const uint32_t* a_ptr, const uint32_t* b_ptr, float* d_ptr) {
+SORA_KERNEL(32, 1)
+conformance_mma_kernel(const uint32_t* a_ptr, const uint32_t* b_ptr, float* d_ptr) {
   const unsigned i = lane();
   const uint32_t a[4] = {a_ptr[4 * i], a_ptr[4 * i + 1], a_ptr[4 * i + 2], a_ptr[4 * i + 3]};
   const uint32_t b[2] = {b_ptr[2 * i], b_ptr[2 * i + 1]};
@@ -37,7 +38,8 @@ struct LdmatrixShared {
 };
 // rows [64, 8]; row_of [32]: the row whose address a lane gives; fragments [32, count].
 template <int count, bool transposed>
-SORA_KERNEL(32, 1) conformance_ldmatrix_kernel(const uint16_t* rows_ptr, const int* row_of_ptr, uint32_t* fragments_ptr) {
+SORA_KERNEL(32, 1)
+conformance_ldmatrix_kernel(const uint16_t* rows_ptr, const int* row_of_ptr, uint32_t* fragments_ptr) {
   LdmatrixShared& s = shared_memory<LdmatrixShared>();
   const unsigned i = lane();
   for (unsigned e = i; e < 64 * 8; e += 32) s.rows[e / 8][e % 8] = rows_ptr[e];
@@ -47,9 +49,15 @@ SORA_KERNEL(32, 1) conformance_ldmatrix_kernel(const uint16_t* rows_ptr, const i
   if constexpr (count == 1) {
     ldmatrix_x1(r, address);
   } else if constexpr (count == 2) {
-    if constexpr (transposed) ldmatrix_x2_trans(r, address); else ldmatrix_x2(r, address);
+    if constexpr (transposed)
+      ldmatrix_x2_trans(r, address);
+    else
+      ldmatrix_x2(r, address);
   } else {
-    if constexpr (transposed) ldmatrix_x4_trans(r, address); else ldmatrix_x4(r, address);
+    if constexpr (transposed)
+      ldmatrix_x4_trans(r, address);
+    else
+      ldmatrix_x4(r, address);
   }
   for (int k = 0; k < count; ++k) fragments_ptr[count * i + k] = r[k];
 }
@@ -106,7 +114,8 @@ struct CopyShared {
 };
 // x [32, 16] bytes -> out: bytes of a lane's cp.async<size>, of which the first from_bytes[lane] are read.
 template <int size>
-SORA_KERNEL(32, 1) conformance_cp_async_kernel(const unsigned char* x_ptr, const int* from_bytes_ptr, unsigned char* out_ptr) {
+SORA_KERNEL(32, 1)
+conformance_cp_async_kernel(const unsigned char* x_ptr, const int* from_bytes_ptr, unsigned char* out_ptr) {
   CopyShared& s = shared_memory<CopyShared>();
   const unsigned i = lane();
   cp_async<size>(shared_address(s.x[31 - i]), x_ptr + 16 * i, unsigned(from_bytes_ptr[i]));
@@ -259,9 +268,10 @@ SORA_KERNEL(64, 1) conformance_grid_kernel(uint32_t* values_ptr, uint32_t* count
   }
 }
 
-// CTA k hands x [64] on to CTA k + 1 by a flag, adding 1: out [CTAs, 64]. flags [CTAs + 1], zero. variant 0: release and
-// acquire; 1: relaxed, with fences; 2: read-modify-write.
-SORA_KERNEL(64, 1) conformance_flags_kernel(const uint32_t* x_ptr, uint32_t* out_ptr, uint32_t* flags_ptr, int variant) {
+// CTA k hands x [64] on to CTA k + 1 by a flag, adding 1: out [CTAs, 64]. flags [CTAs + 1], zero. variant 0: release
+// and acquire; 1: relaxed, with fences; 2: read-modify-write.
+SORA_KERNEL(64, 1)
+conformance_flags_kernel(const uint32_t* x_ptr, uint32_t* out_ptr, uint32_t* flags_ptr, int variant) {
   const unsigned i = thread_index().x, me = block_index().x;
   if (me > 0 && i == 0) {
     if (variant == 1) {

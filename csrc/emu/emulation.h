@@ -1,4 +1,4 @@
-// What the wrappers of csrc/common/*.cuh call under SORA_HOST_EMULATION, and what a test calls to launch. See README.md.
+// What the wrappers of csrc/common/*.cuh call under SORA_HOST_EMULATION, and what tests call to launch. See README.md.
 //
 // The files of csrc/emu are compiled without sanitizers. A kernel's file may be compiled with -fsanitize=thread: the
 // compiler then calls __tsan_read4 and its kin at every access, which race.cpp implements (libtsan is not linked).
@@ -37,10 +37,10 @@ struct Options {
   uint64_t seed = 0;
   Policy policy = Policy::uniform;
   Delivery delivery = Delivery::random;
-  bool race = false;               // happens-before checks; plain accesses are seen only in an instrumented build
-  double preempt = 0.02;           // chance to switch threads at a wrapper that does not block
-  double preempt_access = 0.001;   // the same at a plain access of an instrumented build
-  double deliver = 0.05;           // Delivery::random: chance per scheduling step that one copy lands
+  bool race = false;                 // happens-before checks; plain accesses are seen only in an instrumented build
+  double preempt = 0.02;             // chance to switch threads at a wrapper that does not block
+  double preempt_access = 0.001;     // the same at a plain access of an instrumented build
+  double deliver = 0.05;             // Delivery::random: chance per scheduling step that one copy lands
   unsigned resident_threads = 4096;  // CTAs run together up to this many; a cooperative launch needs all of them
   uint64_t max_switches = 200'000'000;
 
@@ -76,7 +76,7 @@ void release(void* memory);
 // A test of the mutation machinery switches one synchronisation of the kernel off; -1: none.
 extern int mutation;
 
-// ---- for the wrappers: the calling thread ------------------------------------------------------------------------
+// for the wrappers: the calling thread
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 Index3 thread_index();
 Index3 block_index();
@@ -125,7 +125,8 @@ void bulk_global_to_shared(uint32_t to, const void* from, unsigned bytes, uint32
 void mbarrier_init(uint32_t mbarrier, unsigned count, Site site);
 void fence_mbarrier_init(Site site);
 void mbarrier_expect_tx(uint32_t mbarrier, unsigned bytes, Site site);
-void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory, Site site);
+void mbarrier_arrive(uint32_t mbarrier, unsigned expect_bytes, bool remote, Order order, Scope scope, Memory memory,
+                     Site site);
 void cp_async_mbarrier_arrive(uint32_t mbarrier, Site site);
 bool mbarrier_try_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site);
 void mbarrier_wait(uint32_t mbarrier, unsigned parity, Scope scope, Memory memory, Site site);

@@ -46,7 +46,7 @@ class Handlers {
     own.ss_sp = stack_.data();
     own.ss_size = stack_.size();
     sigaltstack(&own, &previous_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = handler;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
@@ -63,7 +63,7 @@ class Handlers {
  private:
   std::vector<char> stack_ = std::vector<char>(64 * 1024);
   stack_t previous_stack_{};
-  struct sigaction previous_[2] {};
+  struct sigaction previous_[2]{};
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Atomic words and fences. A release leaves the thread's knowledge at the word; an acquire that reads the word takes it,
-// if each thread lies in the other's scope. A relaxed store ends what a release has left; a read-modify-write does not.
+// Atomic words and fences. A release leaves the thread's knowledge at the word; an acquire that reads it takes it, if
+// each thread lies in the other's scope. A relaxed store ends what a release has left; a read-modify-write does not.
 #include <cstring>
 #include <unordered_map>
 

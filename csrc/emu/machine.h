@@ -97,7 +97,7 @@ struct Cta {
   unsigned alive = 0;
   std::vector<Warp> warps;
   Barrier barriers[16];
-  int reduced[2] = {0, 1};  // of the last barrier_reduce: sum and conjunction
+  int reduced[2] = {0, 1};                                // of the last barrier_reduce: sum and conjunction
   std::unordered_map<uint32_t, MbarrierState> mbarriers;  // by offset
 };
 
@@ -155,7 +155,7 @@ extern Machine machine;
 
 struct Abort {};  // thrown by fail() in the scheduler
 
-// ---- scheduler.cpp
+// scheduler.cpp
 uint64_t random_bits();
 bool chance(double probability);
 void block(const char* waits_for, Site site);
@@ -165,7 +165,7 @@ void memory_event();
 std::string name(const Thread& thread);
 [[noreturn]] void fail_at(const Where& where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// ---- memory.cpp
+// memory.cpp
 void map_shared(Cta& cta, size_t bytes);
 void unmap_shared();
 void check_slack();  // writes past the end of a buffer that no access check has seen
@@ -176,9 +176,9 @@ unsigned char* shared_pointer(uint32_t address, unsigned bytes, unsigned align, 
 Cta* target_of(uint32_t address, bool cluster_space, Site site);
 uint32_t offset_of(uint32_t address);
 
-// ---- race.cpp: all of these do nothing unless options.race
+// race.cpp: all of these do nothing unless options.race
 enum Access { kRead = 0, kWrite = 1, kAtomic = 2, kAsyncProxy = 4 };
-Stamp stamp();                                       // of the current thread; it goes on to its next step
+Stamp stamp();  // of the current thread; it goes on to its next step
 void release_to(Knowledge& there, Thread& thread);
 void acquire_from(const Knowledge& there, Thread& thread);
 void release_to(Released& there, const Stamp& stamp, const Cta& cta, Scope scope, Memory memory = Memory::all);
@@ -189,7 +189,7 @@ void record(Thread& thread, const void* p, size_t bytes, int access, const Where
 void reset_records();
 void forget_flags();
 
-// ---- async.cpp
+// async.cpp
 void fence_inits(const Thread& thread);  // the mbarriers that the thread has initialised: for copies and other CTAs
 void land(Copy& copy);
 void deliver_one();

@@ -28,7 +28,8 @@ size_t page_rounded(size_t bytes) {
 // The last byte lies before a guard page, as far as the alignment allows.
 Region* map_region(size_t bytes, size_t alignment) {
   auto region = std::make_unique<Region>();
-  const size_t inner = std::max(page_rounded(bytes), page_rounded(1)), rounded = (bytes + alignment - 1) / alignment * alignment;
+  const size_t inner = std::max(page_rounded(bytes), page_rounded(1)),
+               rounded = (bytes + alignment - 1) / alignment * alignment;
   region->outer_bytes = kGuard + inner + kGuard;
   void* outer = mmap(nullptr, region->outer_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (outer == MAP_FAILED) fail_at({}, "no memory for %zu bytes", bytes);
@@ -52,7 +53,8 @@ void remove_regions(Which which) {
   last_region = nullptr;
   for (const auto& region : regions)
     if (which(*region)) unmap(*region);
-  regions.erase(std::remove_if(regions.begin(), regions.end(), [&](const auto& r) { return which(*r); }), regions.end());
+  regions.erase(std::remove_if(regions.begin(), regions.end(), [&](const auto& r) { return which(*r); }),
+                regions.end());
 }
 
 Region* region_of(const void* p) {
@@ -120,7 +122,8 @@ Region* check_access(const void* p, size_t bytes, const Cta* cta, bool write, co
   if (!region) return nullptr;
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < region->begin || at + bytes > region->begin + region->bytes)
-    fail_at(where, "out of bounds: %zu-byte %s at %s", bytes, write ? "write" : "read", offset_text(*region, p).c_str());
+    fail_at(where, "out of bounds: %zu-byte %s at %s", bytes, write ? "write" : "read",
+            offset_text(*region, p).c_str());
   if (region->cta && cta && region->cta != cta)
     fail_at(where, "plain %s of the %s, which is another CTA's", write ? "write" : "read", region->name.c_str());
   return region;
@@ -130,7 +133,7 @@ std::vector<std::unique_ptr<Region>>& all_regions() { return regions; }
 std::string place_text(const Region& region, const void* p) { return offset_text(region, p); }
 Region* find_region(const void* p) { return region_of(p); }
 
-// ---- shared addresses ----------------------------------------------------------------------------------------------
+// shared addresses
 
 uint32_t offset_of(uint32_t address) { return address % kWindow - kFirstOffset; }
 
@@ -159,7 +162,8 @@ Cta* target_of(uint32_t address, bool cluster_space, Site site) {
   Cta* own = machine.current->cta;
   const uint32_t window = address / kWindow;
   if (window == 0 || window == own->rank + 1) return own;
-  if (!cluster_space) fail(site, "an address of CTA rank %u given to an instruction on this CTA's shared memory", window - 1);
+  if (!cluster_space)
+    fail(site, "an address of CTA rank %u given to an instruction on this CTA's shared memory", window - 1);
   if (window > own->cluster->ctas.size()) fail(site, "%08x is no shared address of the cluster", address);
   return own->cluster->ctas[window - 1];
 }
@@ -170,12 +174,13 @@ unsigned char* shared_pointer(uint32_t address, unsigned bytes, unsigned align, 
   if (offset < 0 || size_t(offset) + bytes > cta->shared_bytes)
     fail(site, "out of bounds: %u bytes at shared memory of CTA %u %+lld of %zu bytes", bytes, cta->number,
          static_cast<long long>(offset), cta->shared_bytes);
-  if (offset % align) fail(site, "misaligned: shared memory + %lld needs a multiple of %u", static_cast<long long>(offset), align);
+  if (offset % align)
+    fail(site, "misaligned: shared memory + %lld needs a multiple of %u", static_cast<long long>(offset), align);
   if (cta->alive == 0) fail(site, "shared memory of CTA rank %u, which has exited", cta->rank);
   return cta->shared + offset;
 }
 
-// ---- accesses through wrappers -------------------------------------------------------------------------------------
+// accesses through wrappers
 
 namespace {
 

@@ -7,7 +7,8 @@ namespace emu {
 namespace {
 
 std::string who(Agent agent) {
-  const unsigned cta = agent >> 16, index = agent & 0xffff, size = machine.shape.block.x * machine.shape.block.y * machine.shape.block.z;
+  const unsigned cta = agent >> 16, index = agent & 0xffff,
+                 size = machine.shape.block.x * machine.shape.block.y * machine.shape.block.z;
   const std::string of = " of CTA " + std::to_string(cta);
   if (index < size) return "thread " + std::to_string(index) + of;
   if (index >= 2048) return "a copy that completes on an mbarrier" + of;
@@ -151,7 +152,7 @@ void reset_records() {
 
 }  // namespace emu
 
-// ---- what the compiler calls under -fsanitize=thread ---------------------------------------------------------------
+// what the compiler calls under -fsanitize=thread
 
 namespace {
 
@@ -166,10 +167,10 @@ inline void plain_access(const void* p, size_t bytes, int access, const void* in
 
 }  // namespace
 
-#define SORA_EMU_HOOKS(N)                                                                                     \
-  void __tsan_read##N(void* p) { plain_access(p, N, emu::kRead, __builtin_return_address(0)); }               \
-  void __tsan_write##N(void* p) { plain_access(p, N, emu::kWrite, __builtin_return_address(0)); }             \
-  void __tsan_unaligned_read##N(void* p) { plain_access(p, N, emu::kRead, __builtin_return_address(0)); }     \
+#define SORA_EMU_HOOKS(N)                                                                                 \
+  void __tsan_read##N(void* p) { plain_access(p, N, emu::kRead, __builtin_return_address(0)); }           \
+  void __tsan_write##N(void* p) { plain_access(p, N, emu::kWrite, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_read##N(void* p) { plain_access(p, N, emu::kRead, __builtin_return_address(0)); } \
   void __tsan_unaligned_write##N(void* p) { plain_access(p, N, emu::kWrite, __builtin_return_address(0)); }
 extern "C" {
 SORA_EMU_HOOKS(1)

@@ -109,15 +109,16 @@ std::string deadlock() {
   }
   std::string all;
   for (const auto& [where, group] : groups)
-    all += (all.empty() ? "" : "; ") + std::to_string(group.first) + " threads in " + where + ", such as " + group.second;
+    all +=
+        (all.empty() ? "" : "; ") + std::to_string(group.first) + " threads in " + where + ", such as " + group.second;
   return all;
 }
 
 void run_resident() {
   while (machine.alive > 0) {
     choose_starved();
-    const bool lands = machine.options.delivery == Delivery::random && !machine.in_flight.empty() &&
-                       chance(machine.options.deliver);
+    const bool lands =
+        machine.options.delivery == Delivery::random && !machine.in_flight.empty() && chance(machine.options.deliver);
     if (lands || (machine.ready.empty() && !machine.in_flight.empty())) {
       machine.current = nullptr;
       deliver_one();
@@ -228,7 +229,9 @@ uint64_t random_bits() {
   return random_state * 0x2545F4914F6CDD1Dull >> 16;
 }
 
-bool chance(double probability) { return probability > 0 && double(random_bits() & 0xffffff) < probability * 0x1000000; }
+bool chance(double probability) {
+  return probability > 0 && double(random_bits() & 0xffffff) < probability * 0x1000000;
+}
 
 Options Options::from_seed(uint64_t seed, bool race) {
   Options options;

@@ -13,14 +13,15 @@ WarpOperation* join_warp(int kind, uint32_t& mask, void* argument, bool aligned,
   mask &= warp.exists;
   if (!(mask >> thread.lane() & 1)) fail(site, "lane %u is not in its own mask %08x", thread.lane(), mask);
   if (mask & ~warp.alive) fail(site, "mask %08x names lanes that have exited (%08x are left)", mask, warp.alive);
-  if (aligned && mask != kAllLanes) fail(site, "an instruction of a whole warp in one of %u lanes", unsigned(__builtin_popcount(mask)));
+  if (aligned && mask != kAllLanes)
+    fail(site, "an instruction of a whole warp in one of %u lanes", unsigned(__builtin_popcount(mask)));
   preempt_point();
   WarpOperation* operation = nullptr;
   for (const auto& open : warp.open) {
     if (!(open->mask & mask)) continue;
     if (open->mask != mask || open->kind != kind || !same_site(open->site, site))
-      fail(site, "divergent warp: %s is here with mask %08x, other lanes wait at %s with mask %08x", name(thread).c_str(),
-           mask, text(open->site).c_str(), open->mask);
+      fail(site, "divergent warp: %s is here with mask %08x, other lanes wait at %s with mask %08x",
+           name(thread).c_str(), mask, text(open->site).c_str(), open->mask);
     operation = open.get();
   }
   if (!operation) {
@@ -72,7 +73,8 @@ uint32_t shuffle(uint32_t mask, uint32_t value, int source_lane, Site site) {
   for (int lane = 0; lane < 32; ++lane) {
     if (!(mask >> lane & 1)) continue;
     auto* to = static_cast<Argument*>(operation->arguments[lane]);
-    if (!(mask >> to->source & 1)) fail(site, "lane %d reads lane %d, which is not in the mask %08x", lane, to->source, mask);
+    if (!(mask >> to->source & 1))
+      fail(site, "lane %d reads lane %d, which is not in the mask %08x", lane, to->source, mask);
     to->result = static_cast<Argument*>(operation->arguments[to->source])->value;
   }
   complete_warp(operation);
@@ -95,7 +97,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   return votes;
 }
 
-// ---- CTA -------------------------------------------------------------------------------------------------------------
+// CTA
 
 namespace {
 
@@ -108,18 +110,21 @@ Barrier& arrive(int id, int threads, Site site) {
   if (id < 0 || id > 15) fail(site, "barrier %d: there are 0 to 15", id);
   if (threads < 0) {
     threads = all;
-    if (int(cta.alive) != all) fail(site, "a block barrier after %d threads of the CTA have exited", all - int(cta.alive));
+    if (int(cta.alive) != all)
+      fail(site, "a block barrier after %d threads of the CTA have exited", all - int(cta.alive));
   } else if (threads % 32 || threads == 0 || threads > all) {
     fail(site, "barrier %d for %d threads: expected a multiple of 32, at most %d", id, threads, all);
   }
   Barrier& barrier = cta.barriers[id];
   if (barrier.arrived == 0) barrier.expected = threads;
   if (barrier.expected != threads)
-    fail(site, "barrier %d for %d threads, %s said %d", id, threads, text(barrier.warp_site.begin()->second).c_str(), barrier.expected);
+    fail(site, "barrier %d for %d threads, %s said %d", id, threads, text(barrier.warp_site.begin()->second).c_str(),
+         barrier.expected);
   if (barrier.who[thread.index]) fail(site, "%s arrives twice at barrier %d", name(thread).c_str(), id);
   const auto [place, first] = barrier.warp_site.emplace(thread.warp(), site);
   if (!first && !same_site(place->second, site))
-    fail(site, "divergent warp: %s is at barrier %d here, other lanes at %s", name(thread).c_str(), id, text(place->second).c_str());
+    fail(site, "divergent warp: %s is at barrier %d here, other lanes at %s", name(thread).c_str(), id,
+         text(place->second).c_str());
   barrier.who[thread.index] = true;
   ++barrier.arrived;
   return barrier;
@@ -169,13 +174,14 @@ int barrier_reduce(int predicate, int operation, Site site) {
   return operation == 2 ? cta.reduced[0] : operation == 1 ? cta.reduced[1] : int(cta.reduced[0] > 0);
 }
 
-// ---- cluster ---------------------------------------------------------------------------------------------------------
+// cluster
 
 void cluster_arrive(bool release, Site site) {
   Thread& thread = *machine.current;
   Cluster& cluster = *thread.cta->cluster;
   preempt_point();
-  if (thread.cluster_arrived) fail(site, "%s arrives twice at the cluster barrier without a wait", name(thread).c_str());
+  if (thread.cluster_arrived)
+    fail(site, "%s arrives twice at the cluster barrier without a wait", name(thread).c_str());
   thread.cluster_arrived = true;
   thread.cluster_phase = cluster.phase;
   if (release) release_to(cluster.arriving, thread);
@@ -190,7 +196,8 @@ void cluster_arrive(bool release, Site site) {
 void cluster_wait(Site site) {
   Thread& thread = *machine.current;
   Cluster& cluster = *thread.cta->cluster;
-  if (!thread.cluster_arrived) fail(site, "%s waits at the cluster barrier without having arrived", name(thread).c_str());
+  if (!thread.cluster_arrived)
+    fail(site, "%s waits at the cluster barrier without having arrived", name(thread).c_str());
   while (cluster.phase == thread.cluster_phase) {
     cluster.waiting.push_back(&thread);
     block("a cluster barrier", site);

@@ -1,5 +1,5 @@
-// Demonstration: CTAs of a cluster exchange what they have computed by one wait for an mbarrier a step. Each step, a CTA
-// adds up all ranks' values of the step before and sends the sum plus its rank to all. out [size, steps].
+// Demonstration: CTAs of a cluster exchange what they have computed by one wait for an mbarrier a step. Each step, a
+// CTA adds up all ranks' values of the step before and sends the sum plus its rank to all. out [size, steps].
 #pragma once
 
 #include <common/async_copy.cuh>
@@ -21,7 +21,8 @@ struct AllGatherShared {
 };
 
 template <bool bulk>
-SORA_KERNEL(32, 1) all_gather_kernel(uint32_t* out_ptr, int steps) {
+SORA_KERNEL(32, 1)
+all_gather_kernel(uint32_t* out_ptr, int steps) {
   AllGatherShared& s = shared_memory<AllGatherShared>();
   const unsigned i = lane(), rank = cluster_rank(), size = cluster_size();
   if (i == 0) {

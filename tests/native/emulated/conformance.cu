@@ -41,9 +41,12 @@ LaunchConfig cooperative(unsigned ctas) {
 extern "C" {
 
 int run_mma(int type, const uint32_t* a, const uint32_t* b, float* d, void* stream) {
-  return type == 0 ? mma<Half>(a, b, d, stream) : type == 1 ? mma<BFloat16>(a, b, d, stream) : mma<float>(a, b, d, stream);
+  return type == 0   ? mma<Half>(a, b, d, stream)
+         : type == 1 ? mma<BFloat16>(a, b, d, stream)
+                     : mma<float>(a, b, d, stream);
 }
-int run_ldmatrix(int count, int transposed, const uint16_t* rows, const int* row_of, uint32_t* fragments, void* stream) {
+int run_ldmatrix(int count, int transposed, const uint16_t* rows, const int* row_of, uint32_t* fragments,
+                 void* stream) {
   if (count == 1) return ldmatrix<1, false>(rows, row_of, fragments, stream);
   if (count == 2 && transposed) return ldmatrix<2, true>(rows, row_of, fragments, stream);
   if (count == 2) return ldmatrix<2, false>(rows, row_of, fragments, stream);

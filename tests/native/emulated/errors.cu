@@ -23,7 +23,7 @@ SORA_DEVICE Shared& s() { return shared_memory<Shared>(); }
 SORA_DEVICE unsigned i() { return thread_index().x; }
 SORA_DEVICE uint32_t full() { return shared_address(&s().full); }
 
-// ---- misuse ----------------------------------------------------------------------------------------------------------
+// misuse
 
 SORA_KERNEL(64) shared_write_past_the_end(uint32_t*, int n) {
   s().x[i() * unsigned(n)] = i();  // shared_write_past_the_end
@@ -140,7 +140,7 @@ SORA_KERNEL(64) stack_overflow(uint32_t* data, int n) {
   data[i()] = big[n];
 }
 
-// ---- races: both accesses are marked -----------------------------------------------------------------------------------
+// races: both accesses are marked
 
 SORA_KERNEL(64) no_barrier(uint32_t* data, int) {
   s().x[i()] = i();         // no_barrier
