@@ -7,8 +7,8 @@
 //   thread_index().x, block_index(), block_size(), grid_size(); lane(), warp()
 //   SORA_DEVICE void helper(...)              an inlined device function
 //   SORA_UNROLL for (...)                     #pragma unroll
-//   keep(x)                                   x is worked out here, and not again: the compiler would rather repeat what is
-//                                             cheap than hold a register through a loop. int, float, 64 bits, a pointer
+//   keep(x)                                   x (4 or 8 bytes) is worked out here, once: the compiler would rather
+//                                             repeat what is cheap than hold a register through a loop
 //
 //   LaunchConfig config{grid, block, shared_bytes};   config.cluster = 4; config.cooperative = true;
 //   int error = launch_kernel(kernel<H>, config, stream, args);      0, or a cudaError_t; emulated: emu::last_result()

@@ -6,6 +6,7 @@
 //   load_read_only<V>(p)            global memory that this launch never writes: ld.global.nc
 //   store_global(p, v)              global memory, where the compiler cannot see that it is: st.global
 //   store_streaming(p, v)           global memory that nobody reads soon: st.global.cs
+//   address_of_row(p, row, bytes)   p + row * bytes by one multiply-add of 32 bits into 64; the compiler makes it three
 //   prefetch_l2(p)                  the 128-byte line around p
 //   V: any of 4, 8 or 16 bytes, or an element of 2 (all but load and store: these too)
 #pragma once
@@ -56,6 +57,9 @@ SORA_DEVICE void store_streaming(void* p, V value SORA_AND_SITE) {
   store(p, value, site);
 }
 SORA_DEVICE void prefetch_l2(const void*) {}
+SORA_DEVICE uintptr_t address_of_row(const void* p, int row, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) + intptr_t(row) * bytes;
+}
 
 #else
 
@@ -135,6 +139,11 @@ SORA_DEFINE_STORE(store_global, "")
 SORA_DEFINE_STORE(store_streaming, ".cs")
 #undef SORA_DEFINE_STORE
 
+SORA_DEVICE uintptr_t address_of_row(const void* p, int row, int bytes) {
+  uint64_t address;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(bytes), "l"(p));
+  return address;
+}
 SORA_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }

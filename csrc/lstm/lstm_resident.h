@@ -1,5 +1,5 @@
-// One recurrent layer on the GPU with W_hh in registers: a CTA holds the whole of it, and runs 8 rows of the batch through
-// all their steps. For H <= 128 in 16 bits and H <= 64 in fp32, whose products are then TF32.
+// One recurrent layer on the GPU with W_hh in registers: a CTA holds the whole of it, and runs 8 rows of the batch
+// through all their steps. For H <= 128 in 16 bits and H <= 64 in fp32, whose products are then TF32.
 //
 // The cells, the gate order and the conventions are those of lstm.h, with these differences:
 //   * Every pointer is to device memory, the integers too: the host never learns a length.
@@ -21,7 +21,7 @@ namespace sora {
 // Beyond those of LstmError and cudaError_t.
 enum LstmResidentError : int {
   kLstmTooLarge = -3,      // H, or more than 2^31 - 1 data rows, or 65535 members
-  kLstmBadArgument = -4,   // a pointer that must not be null is, or is not aligned to an element; or offsets without lengths
+  kLstmBadArgument = -4,   // a pointer is null that must not be, or not aligned to an element; sizes do not fit
 };
 
 struct LstmResidentShape {
@@ -30,8 +30,8 @@ struct LstmResidentShape {
   int D;
   int64_t members;
   // Rows of the arrays that hold one row a (row, step) pair: step t of row b is at offsets[t] + b, without offsets at
-  // t * B + b. offsets are those of a PackedSequence (sums of the batch sizes before t), and ask for lengths that do not
-  // increase.
+  // t * B + b. offsets are those of a PackedSequence (sums of the batch sizes before t), and ask for lengths that do
+  // not increase.
   int64_t data_rows;
   const int32_t* lengths;  // [B]: row b runs steps 0 .. lengths[b] - 1, cut to 0 .. T; or null for T
   const int64_t* offsets;  // [T]; or null

@@ -1,5 +1,5 @@
-// The arguments of the resident kernels from a row of integers, sizes and addresses in the order of the structs' fields:
-// as Python gives them.
+// The arguments of the resident kernels from a row of integers, sizes and addresses in the order of the structs'
+// fields: as Python gives them.
 #pragma once
 
 #include <cstdint>

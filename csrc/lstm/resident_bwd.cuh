@@ -93,8 +93,8 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
 
   float dh[4] = {}, dc[4] = {};
   const int last = rows.steps - 1;
-  // A warp's 16 units of one gate and row, of c or of dy are a sector of L2 or two: each lane asks for one of the gates',
-  // and for LSTM some for the others.
+  // A warp's 16 units of one gate and row, of c or of dy are a sector of L2 or two: each lane asks for one of the
+  // gates', and for LSTM some for the others.
   const bool asks_gates = !kRagged && kTape > 0, asks_cells = kLstm && g < 4;
   const bool asks_others = asks_cells || (kLstm && g < 6 && args.dy);
   const Element* ask_gates = gates_base - 2 * g + g / 2 * H;
@@ -134,7 +134,7 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
     for (int i = 0; i < 2; ++i) {
       runs[i] = !kRagged || rows.runs(i, s);
       cleared[i] = kRagged && clear[i] && runs[i];
-      if (kRagged) keep(runs[i]), keep(cleared[i]);  // selected by, or the paths of both kinds of rows are compiled apart
+      if (kRagged) keep(runs[i]), keep(cleared[i]);  // or both kinds of rows are compiled apart
       float of_y[2], tape[4][2] = {}, before[2] = {c_before[i].x, c_before[i].y};
       const float now[2] = {c[i].x, c[i].y}, of_cells[2] = {dcells[i].x, dcells[i].y};
       split<Element>(dy[i], of_y[0], of_y[1]);
@@ -146,7 +146,8 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_bwd_kernel(const SORA_GRID_CONSTANT Lst
         const int k = 2 * u + i;
         if (!kLstm && !kGru) {
           const V grown{before[u]}, grad{dh[k] + of_y[u]};
-          out[0][k] = (args.shape.cell == Cell::rnn_relu ? relu_backward(grown, grad) : tanh_backward(grown, grad)).value;
+          const bool relu = args.shape.cell == Cell::rnn_relu;
+          out[0][k] = (relu ? relu_backward(grown, grad) : tanh_backward(grown, grad)).value;
           direct[k] = runs[i] ? 0.0f : dh[k];
           continue;
         }

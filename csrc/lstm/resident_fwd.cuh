@@ -112,9 +112,11 @@ SORA_KERNEL(2 * kUnits, 1) lstm_resident_fwd_kernel(const SORA_GRID_CONSTANT Lst
     const int64_t state = (states_before + rows.batch[i]) * H + unit;
     const bool starts = kRagged && rows.reset && !rows.reverse && rows.runs(i, 0) && rows.reset[rows.data_row(i, 0)];
     h[i] = Pair<Element>{};
-    if (args.h0 && !starts) h[i] = load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.h0) + state, units);
+    const auto* h0 = static_cast<const Element*>(args.h0) + state;
+    const auto* c0 = static_cast<const Element*>(args.c0) + state;
+    if (args.h0 && !starts) h[i] = load_pair_or_zero<Element, kAccess>(h0, units);
     if (kCell == Cell::lstm && args.c0 && !starts)
-      split<Element>(load_pair_or_zero<Element, kAccess>(static_cast<const Element*>(args.c0) + state, units), c[i], c[2 + i]);
+      split<Element>(load_pair_or_zero<Element, kAccess>(c0, units), c[i], c[2 + i]);
     store_operands(shared.h[0] + B::offset_of_pair(unit, 2 * t + i), h[i]);
     const bool runs = !kRagged || rows.runs(i, 0);
     if (runs) row[i] = rows.data_row(i, 0);

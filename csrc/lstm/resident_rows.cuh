@@ -60,8 +60,8 @@ struct Rows {
     if (kRagged && offsets) return int(offsets[t]) + batch[i];
     return t * B + batch[i];
   }
-  // The next in the direction of `by` = 1 or -1 steps, from data row `row` of row i's step s - by; `row` itself if there
-  // is no step s.
+  // The next in the direction of `by` = 1 or -1 steps, from data row `row` of row i's step s - by; `row` itself if
+  // there is no step s.
   SORA_DEVICE int moved(int i, int row, int s, int by) const {
     if (kRagged) return runs(i, s) ? data_row(i, s) : row;
     return row + by * stride;

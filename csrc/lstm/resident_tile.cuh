@@ -1,16 +1,15 @@
-// The matrix product of the resident kernels: D[16 units][8 rows] += A[16 units][k] B[k][8 rows] per warp, where A stays in
-// registers for the whole launch and B, a state that all warps made together, is read from shared memory.
+// The matrix product of the resident kernels: D[16 units][8 rows] += A[16 units][k] B[k][8 rows] per warp, where A
+// stays in registers for the whole launch and B, a state that all warps made together, is read from shared memory.
 //
-// A lane always takes 16 bytes of k at a time: 8 elements of 16 bits are its share of two k-steps of 16, 4 floats that of
-// two k-steps of 8. Which k the hardware calls which does not matter as long as A and B agree, so lane (g, t) of a block of
-// 64 bytes of k takes bytes 16 t .. 16 t + 15 of row g, and no ldmatrix is needed. Nor need the 16 rows of A be in order:
-// rows g and g + 8 are the neighbouring units 2 g and 2 g + 1, so that a thread's results are pairs in memory.
+// A lane always takes 16 bytes of k at a time: 8 elements of 16 bits are its share of two k-steps of 16, 4 floats
+// that of two k-steps of 8. Which k the hardware calls which does not matter as long as A and B agree, so lane (g, t)
+// of a block of 64 bytes of k takes bytes 16 t .. 16 t + 15 of row g, and no ldmatrix is needed. Nor need the 16 rows
+// of A be in order: rows g and g + 8 are the neighbouring units 2 g and 2 g + 1, so that a thread's results are pairs
+// in memory.
 //
-// So with g = lane / 4, t = lane % 4, a thread owns units 16 warp + 2 g, + 1 of rows 2 t, + 1 of its CTA; in fragments of
-// four, value [2 unit + row].
+// So with g = lane / 4, t = lane % 4, a thread owns units 16 warp + 2 g, + 1 of rows 2 t, + 1 of its CTA; in
+// fragments of four, value [2 unit + row].
 #pragma once
-
-#include <type_traits>
 
 #include "../common/barrier.cuh"
 #include "../common/element.cuh"
@@ -59,8 +58,8 @@ SORA_DEVICE uint32_t join(Half first, Half second) { return first.bits | uint32_
 SORA_DEVICE uint32_t join(BFloat16 first, BFloat16 second) { return first.bits | uint32_t(second.bits) << 16; }
 SORA_DEVICE F32x2 join(float first, float second) { return {first, second}; }
 
-// The units at p, in memory that this launch does not write. `there`: how many there are, at least one; only singles may
-// be without the second, which reads as 0.
+// The units at p, in memory that this launch does not write. `there`: how many there are, at least one; only singles
+// may be without the second, which reads as 0.
 template <class Element, Access kAccess>
 SORA_DEVICE Pair<Element> load_pair(const Element* p, [[maybe_unused]] int there) {
   if constexpr (kAccess == Access::singles) {
@@ -87,11 +86,10 @@ SORA_DEVICE void store_pair(Element* p, Pair<Element> pair, [[maybe_unused]] int
   }
 }
 
-// Row `row` of a [rows, stride] array from a place in its row 0: one 32 x 32 bit multiply-add.
+// Row `row` of a [rows, stride] array from a place in its row 0.
 template <class T>
 SORA_DEVICE T* at_row(T* base, int row, int stride) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + int64_t(row) * (stride * int(sizeof(T))));
+  return reinterpret_cast<T*>(address_of_row(base, row, stride * int(sizeof(T))));
 }
 
 // ---- B: [units][8 rows] in shared memory -----------------------------------------------------------------------
@@ -134,8 +132,8 @@ SORA_DEVICE void multiply_step<float>(float (&d)[4], const uint32_t (&a)[4], con
 template <class Element, int kGates, int kUnits>
 using Weights = uint32_t[kGates][Tile<Element, kUnits>::kSteps][4];
 
-// d[gate] += a[gate] b, one b for all gates. `lane_tile`: the tile and the lane's offset in it. `meanwhile` is what the warp
-// does beside, while the tensor core is busy with the first block and with other warps' products.
+// d[gate] += a[gate] b, one b for all gates. `lane_tile`: the tile and the lane's offset in it. `meanwhile` is what
+// the warp does beside, while the tensor core is busy with the first block and with other warps' products.
 template <class Element, int kGates, int kUnits, class Meanwhile>
 SORA_DEVICE void multiply_shared(float (&d)[kGates][4], const Weights<Element, kGates, kUnits>& a,
                                  const unsigned char* lane_tile, const Meanwhile& meanwhile) {
@@ -192,7 +190,7 @@ SORA_DEVICE void place(uint32_t (&a0)[4], uint32_t (&a1)[4], const uint32_t (&fi
     a1[2 * half] = first[2 + half];
     a1[2 * half + 1] = second[2 + half];
   }
-  if constexpr (kAccess != Access::exact) {  // words are put together as they come, or single elements fill the registers
+  if constexpr (kAccess != Access::exact) {  // put together as they come, or single elements fill the registers
     SORA_UNROLL
     for (int i = 0; i < 4; ++i) keep(a0[i]), keep(a1[i]);
   }
@@ -222,11 +220,10 @@ SORA_DEVICE void load_chunk(uint32_t (&words)[4], const Element* row, int k, int
   }
 }
 
-// Whether none of a warp's units is there; then its fragments are 0. Asked for each gate, so that the loads of one gate at
-// a time are under way, and not more than there are registers.
-template <Access kAccess, int kSteps>
+// Whether none of a warp's units is there; then its fragments are 0. Asked for each gate: its loads then wait until
+// those of the gate before are in their places, or more would be under way than there are registers.
+template <int kSteps>
 SORA_DEVICE bool skips_gate(uint32_t (&a)[kSteps][4], int H, int unit) {
-  if constexpr (kAccess == Access::exact) return false;
   int warp_units = H - unit / kUnitsPerWarp * kUnitsPerWarp;
   keep(warp_units);
   if (warp_units > 0) return false;
@@ -243,7 +240,7 @@ SORA_DEVICE void load_weights(Weights<Element, kGates, kUnits>& a, const Element
   const int lane_k = int(lane() & 3) * B::kChunkUnits;
   SORA_UNROLL
   for (int gate = 0; gate < kGates; ++gate) {
-    if (skips_gate<kAccess>(a[gate], H, unit)) continue;
+    if (kAccess != Access::exact && skips_gate(a[gate], H, unit)) continue;
     SORA_UNROLL
     for (int block = 0; block < B::kBlocks; ++block) {
       uint32_t rows[2][4];
@@ -264,7 +261,7 @@ SORA_DEVICE void load_weights_transposed(Weights<Element, kGates, kUnits>& a, co
   const int there = kAccess == Access::exact ? 2 : H - unit;
   SORA_UNROLL
   for (int gate = 0; gate < kGates; ++gate) {
-    if (skips_gate<kAccess>(a[gate], H, unit)) continue;
+    if (kAccess != Access::exact && skips_gate(a[gate], H, unit)) continue;
     SORA_UNROLL
     for (int block = 0; block < B::kBlocks; ++block) {
       uint32_t rows[2][4];
