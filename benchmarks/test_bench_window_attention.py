@@ -232,5 +232,7 @@ def build_model(
 @pytest.mark.parametrize("mode", ["inference", "train"])
 @pytest.mark.parametrize("model", MODELS)
 def test_model(measured, benchmark, provider, model, mode, device, dtype, tiny):
+    if not tiny and model not in shapes.load("swin3d", device):
+        pytest.skip(f"{model} is not for {device}")
     measured(build_model, provider, model, mode, device, dtype, tiny)
     rivals.complete(benchmark, provider)
