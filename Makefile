@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The CUDA part takes minutes to compile, and nothing runs it without a GPU.
+SORA_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 NATIVE := pyproject.toml setup.py sora_kernels/_version.py sora_kernels/_native.py \
 	$(shell find csrc \( -name emu -o -name __pycache__ \) -prune -o -type f -print)
 
@@ -45,7 +47,7 @@ $(VENV)/.requirements: requirements-dev.txt $(VENV)/.python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	SORA_BUILD=$(SORA_BUILD) $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 clean:
