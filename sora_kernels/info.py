@@ -57,6 +57,18 @@ def _pyramid_pool3d(device: str) -> tuple[Any, ...]:
     return (torch.empty(2, 8, 4, 8, 8, device=device),)
 
 
+def _window_attention3d(device: str) -> tuple[Any, ...]:
+    import torch
+
+    return torch.empty(1, 4, 8, 8, 96, device=device), 2, (2, 4, 4), (1, 2, 2)
+
+
+def _neighborhood_attention3d(device: str) -> tuple[Any, ...]:
+    import torch
+
+    return (*(torch.empty(1, 4, 8, 8, 2, 16, device=device),) * 3, 3)
+
+
 # One small call an operator, arguments of its public function.
 SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "conv3d_act": _conv3d_act,
@@ -64,8 +76,10 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "conv_transpose3d_bn_act": _conv3d_bn_act,
     "gru": partial(_recurrent, 3),
     "lstm": partial(_recurrent, 4),
+    "neighborhood_attention3d": _neighborhood_attention3d,
     "pyramid_pool3d": _pyramid_pool3d,
     "rnn": partial(_recurrent, 1),
+    "window_attention3d": _window_attention3d,
 }
 
 

@@ -11,8 +11,7 @@ from ..ops.common.dropout import dropout
 from ..ops.window_attention import window_attention3d
 from ..ops.window_attention.backends import OPERATOR
 from ..ops.window_attention.op import check_shift, triple
-from ..ops.window_attention.options import check_names
-from ..ops.window_attention.position import codes, table_rows
+from ..ops.window_attention.options import check_names, table_rows
 
 
 class _WindowAttention(nn.Module):
@@ -121,6 +120,8 @@ class ShiftedWindowAttention3d(_WindowAttention):
             dim, window_size, shift_size, num_heads, qkv_bias, proj_bias, attention_dropout, dropout, True,
             bias_index, "cyclic", "kv", False, backend, device, dtype,
         )  # fmt: skip
+        from ..ops.window_attention.position import codes
+
         index = codes(self.window_size, self.window_size, "exact").pairs()
         # Read by nobody here: it is a part of the state dicts that are exchanged.
         self.register_buffer("relative_position_index", torch.as_tensor(index, device=device))

@@ -18,8 +18,8 @@ import sora_kernels as sk
 from sora_kernels import BackendError
 from sora_kernels.ops.window_attention import pieces, reference
 from sora_kernels.ops.window_attention.decomposition import DECOMPOSITIONS
-from sora_kernels.ops.window_attention.geometry import BORDERS, WindowPlan, fit, plan
-from sora_kernels.ops.window_attention.options import Options
+from sora_kernels.ops.window_attention.geometry import WindowPlan, plan
+from sora_kernels.ops.window_attention.options import BORDERS, Options, fit
 from sora_kernels.ops.window_attention.position import codes
 from sora_kernels.testing import assert_close, assert_within_2x, poisoned, tolerance
 

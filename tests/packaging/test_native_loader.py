@@ -228,7 +228,14 @@ def test_stub_says_what_the_extension_has():
         for node in ast.parse(Path(_native.PACKAGE, "_C.pyi").read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
-    functions = {name for name in dir(extension) if not name.startswith("_")}
+    own = {name: getattr(extension, name) for name in dir(extension) if not name.startswith("_")}
+    classes = {name for name, value in own.items() if isinstance(value, type)}
+    assert classes == {
+        node.name
+        for node in ast.parse(Path(_native.PACKAGE, "_C.pyi").read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    functions = set(own) - classes
     assert functions <= set(stub) and set(stub) - functions <= {"cuda_driver_version"}
     for name in functions:
         signature = getattr(extension, name).__doc__.splitlines()[0]

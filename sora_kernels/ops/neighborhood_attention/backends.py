@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common import triton_backend
-from . import definition, stock
+from . import definition
 from .options import Options
 
 HEAD_DIMS = (16, 128)  # least of a tensor core's products, most of the kernels
@@ -74,6 +74,7 @@ def facts_of(q: Tensor, options: Options, bias: bool, grad: bool) -> Facts:
 
 
 _launches = _Lazy(".launches")
+_stock = _Lazy(".stock")
 
 OPERATOR = Operator(
     "neighborhood_attention3d",
@@ -85,7 +86,7 @@ OPERATOR = Operator(
             config=lambda facts: _launches.describe(facts),
             floor_bytes=_floor_bytes,
         ),
-        Backend("torch", lambda facts: YES, stock, floor_bytes=_floor_bytes),
+        Backend("torch", lambda facts: YES, _stock, floor_bytes=_floor_bytes),
         Backend("reference", lambda facts: YES, definition),
     ],
     prefer=_prefer,

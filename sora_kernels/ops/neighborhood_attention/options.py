@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .geometry import Axis, Size3, axis
+if TYPE_CHECKING:
+    from .geometry import Axis, Size3
 
 
 class Options(NamedTuple):
@@ -19,6 +20,8 @@ class Options(NamedTuple):
 
     def axes(self, size: Sequence[int]) -> tuple[Axis, Axis, Axis]:
         """Of a map ``(T, H, W)``."""
+        from .geometry import axis  # numpy, which importing the library does not wait for
+
         t, h, w = (
             axis(n, window, stride, dilation, self.causal_t and k == 0)
             for k, (n, window, stride, dilation) in enumerate(

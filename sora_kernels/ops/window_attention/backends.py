@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common import triton_backend
-from . import definition, stock
+from . import definition
 from .options import Options
 
 MOST_DIM = 128  # a row of a head that a kernel holds
@@ -90,6 +90,7 @@ def facts_of(qkv: Tensor, options: Options, bias: bool, grad: bool) -> Facts:
 
 
 _launches = _Lazy(".launches")
+_stock = _Lazy(".stock")
 
 OPERATOR = Operator(
     "window_attention3d",
@@ -104,7 +105,7 @@ OPERATOR = Operator(
         Backend(
             "torch",
             lambda facts: YES,
-            stock,
+            _stock,
             floor_bytes=_floor_bytes,
         ),
         Backend("reference", lambda facts: YES, definition),

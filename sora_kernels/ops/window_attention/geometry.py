@@ -15,17 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Size3 = tuple[int, int, int]
+from .options import Size3, fit
+
 Ints = NDArray[np.int64]
-
-BORDERS = ("cyclic", "ragged", "grid")
-
-
-def fit(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[Size3, Size3]:
-    """The window clipped to the map, and no shift on the axes that it covers whole."""
-    clipped = tuple(min(n, w) for n, w in zip(size, window, strict=True))
-    kept = tuple(0 if n <= w else s for n, w, s in zip(size, window, shift, strict=True))
-    return clipped, kept  # type: ignore[return-value]
 
 
 class Axis(NamedTuple):

@@ -14,8 +14,7 @@ from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
 from . import reference
 from .backends import OPERATOR, Facts, facts_of
-from .options import Options, check_names
-from .position import table_rows
+from .options import Options, check_names, table_rows
 
 _OPTIONS = (
     "int num_heads, int[] window_size, int[] shift_size, int[] table_window, str bias_index, str border, str pad, "

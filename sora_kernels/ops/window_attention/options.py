@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .geometry import BORDERS, Size3, WindowPlan, plan
-from .position import INDICES, Codes, codes
+if TYPE_CHECKING:
+    from .geometry import WindowPlan
+    from .position import Codes
 
+Size3 = tuple[int, int, int]
+
+BORDERS = ("cyclic", "ragged", "grid")
+INDICES = ("torchvision", "exact")
 PADS = ("kv", "mask")
+
+
+def fit(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[Size3, Size3]:
+    """The window clipped to the map, and no shift on the axes that it covers whole."""
+    clipped = tuple(min(n, w) for n, w in zip(size, window, strict=True))
+    kept = tuple(0 if n <= w else s for n, w, s in zip(size, window, shift, strict=True))
+    return clipped, kept  # type: ignore[return-value]
+
+
+def table_rows(window: Size3) -> int:
+    """Of a bias table: one for every offset in a window."""
+    t, h, w = window
+    return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
 
 
 class Options(NamedTuple):
@@ -36,10 +54,14 @@ class Options(NamedTuple):
 
     def plan(self, size: Sequence[int]) -> WindowPlan:
         """Of a map ``(T, H, W)``."""
+        from .geometry import plan  # numpy, which importing the library does not wait for
+
         return plan(tuple(size), self.window, self.shift, self.border)
 
     def codes(self, window: Size3) -> Codes:
         """Of the window that a plan uses."""
+        from .position import codes
+
         return codes(window, self.table_window, self.bias_index)
 
 

@@ -11,15 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .geometry import Ints, Size3
-
-INDICES = ("torchvision", "exact")
-
-
-def table_rows(window: Size3) -> int:
-    """Of a bias table: one for every offset in a window."""
-    t, h, w = window
-    return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+from .geometry import Ints
+from .options import Size3, table_rows
 
 
 class Codes(NamedTuple):

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.dropout import philox4x32
-from .geometry import Size3, fit
-from .options import Options
+from .options import Options, Size3, fit
 
 _LOW = 0xFFFFFFFF
 
