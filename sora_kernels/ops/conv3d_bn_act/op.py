@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ... import _env
+from ..common.autocast import autocast_dtype
 from ..common.gradient import Pair, Tensors, differentiable, transformed
 from ..common.schema import differentiate, goes_straight, register
 from . import arguments, onednn, recipes, reference, run, stock, sync
@@ -206,12 +207,7 @@ def _enter(
         raise ValueError(
             f"activation: expected one of {reference.ACTIVATIONS}, got {options.activation!r}"
         )
-    if (
-        torch._C._is_any_autocast_enabled()
-        and torch.is_autocast_enabled(x.device.type)
-        and x.dtype is not torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)

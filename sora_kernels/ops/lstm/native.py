@@ -19,7 +19,7 @@ from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
 from .pointers import all_pointable, pointable, pointer
-from .products import input_products
+from .products import db, dw_hh, input_products
 from .reference import Result, state_dtype
 from .rows import Rows
 
@@ -152,9 +152,9 @@ def backward(
         if wanted[1]:
             states = h_prev[d]
             assert states is not None
-            dweights[start + 1] = _dw_hh(cell, dgates[d], states)
+            dweights[start + 1] = dw_hh(cell, dgates[d], states)
         if bias and (wanted[2] or wanted[3]):
-            dweights[start + 2 : start + 4] = _db(cell, dgates[d])
+            dweights[start + 2 : start + 4] = db(cell, dgates[d])
         if P and wanted[-1]:
             assert gates is not None and cells is not None
             o = rows.packed(gates.view(D, *rows.shape, 4 * H)[d][..., 3 * H :])
@@ -285,23 +285,3 @@ def _add_dh(cell: Cell, dh: Tensor, dgates: Tensor, w_hh: Tensor) -> None:
     H = dh.shape[1]
     dh.addmm_(dgates[:, : 2 * H], w_hh[: 2 * H])
     dh.addmm_(dgates[:, 3 * H :], w_hh[2 * H :])
-
-
-def _dw_hh(cell: Cell, dgates: Tensor, h_prev: Tensor) -> Tensor:
-    """sum over pairs of the gradient of W_hh h, times h: [G*H, P]."""
-    if cell is not GRU:
-        return dgates.t() @ h_prev
-    H = dgates.shape[1] // 4
-    dw = h_prev.new_empty(3 * H, h_prev.shape[1])
-    torch.mm(dgates[:, : 2 * H].t(), h_prev, out=dw[: 2 * H])
-    torch.mm(dgates[:, 3 * H :].t(), h_prev, out=dw[2 * H :])
-    return dw
-
-
-def _db(cell: Cell, dgates: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of b_ih and b_hh, in memory of their own."""
-    db = dgates.sum(0)
-    if cell is not GRU:
-        return db, db.clone()
-    H = dgates.shape[1] // 4
-    return db[: 3 * H].clone(), torch.cat((db[: 2 * H], db[3 * H :]))

@@ -14,8 +14,8 @@ from ... import _native
 from ..common.dtypes import DTYPE_CODES
 from .arguments import Sizes
 from .cells import GRU, Cell
-from .native import _db, _dw_hh
 from .pointers import all_pointable, pointable, pointer, stream
+from .products import db, dw_hh, input_products
 from .reference import Result, packed_sizes, state_dtype
 
 MAX_HIDDEN = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
@@ -128,10 +128,8 @@ def forward(
     weights = all_pointable(x, weights)
     steps, sizes = Steps.of(x, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     D, H, _ = sizes
-    per, flat = len(weights) // D, x.flatten(0, -2)
-    gx = x.new_empty(D, steps.rows, cell.gates * H)
-    for d in range(D):
-        torch.mm(flat, weights[d * per].t(), out=gx[d])
+    width = cell.gates * H
+    gx = input_products(x.flatten(0, -2), weights, D, width, width)
     y, h_n = steps.new(x, *steps.shape, D * H), x.new_empty(D, steps.B, H)
     c_n = x.new_empty(D, steps.B, H) if cell.has_c else None
     gates = steps.new(x, D, *steps.shape, cell.tape * H) if tapes and cell.tape else None
@@ -200,9 +198,9 @@ def backward(
             dweights[start] = of_x.t() @ flat
         if wanted[1]:
             states = steps.previous_states(d, y[..., d * H : (d + 1) * H], h0, reset)
-            dweights[start + 1] = _dw_hh(cell, dgates[d], states)
+            dweights[start + 1] = dw_hh(cell, dgates[d], states)
         if bias and (wanted[2] or wanted[3]):
-            dweights[start + 2 : start + 4] = _db(cell, dgates[d])
+            dweights[start + 2 : start + 4] = db(cell, dgates[d])
     return None if dx is None else dx.view(x.shape), dh0, dc0, dweights
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common import triton_backend
+from ..common.lazy import Lazy
 from . import definition
 from .options import Options
 
@@ -59,22 +59,12 @@ def _floor_bytes(facts: Facts) -> int:
     return 4 * elements * facts.dtype.itemsize + sums
 
 
-class _Lazy:
-    """Names of a module that is imported by the first call: Triton takes a tenth of a second."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._name, __package__), name)
-
-
 def facts_of(q: Tensor, options: Options, bias: bool, grad: bool) -> Facts:
     return Facts(q.device, q.dtype, tuple(q.shape), options, bias, grad)
 
 
-_launches = _Lazy(".launches")
-_stock = _Lazy(".stock")
+_launches = Lazy(".launches", __package__)
+_stock = Lazy(".stock", __package__)
 
 OPERATOR = Operator(
     "neighborhood_attention3d",

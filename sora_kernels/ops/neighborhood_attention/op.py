@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.autocast import autocast_dtype
 from ..common.dtypes import DTYPES
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
@@ -210,12 +211,7 @@ def _checked(
             f"bias_table must be floating point ({options.rows}, {heads}) on {q.device}, "
             f"got {bias_table.dtype} {tuple(bias_table.shape)} on {bias_table.device}"
         )
-    if (
-        torch._C._is_any_autocast_enabled()
-        and torch.is_autocast_enabled(q.device.type)
-        and q.dtype is not torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v, options
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from ... import _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
 from ..common import triton_backend
 from ..common.dtypes import CPU_DTYPES
+from ..common.lazy import Lazy
 from . import definition, gemm, layout, stock
 from .layout import Form
 from .levels import bins
@@ -83,23 +83,13 @@ def _floor_bytes(facts: Facts) -> int:
     return (x + values * facts.form.parts) * facts.dtype.itemsize + tapes
 
 
-class Lazy:
-    """Names of a module that is imported by the first call: Triton takes a tenth of a second."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._name, __package__), name)
-
-
 def facts_of(
     x: Tensor, form: Form, valid_size: Tensor | None, grad: bool, shape: Sequence[int]
 ) -> Facts:
     return Facts(x.device, x.dtype, tuple(shape), form, valid_size is not None, grad)
 
 
-_launches = Lazy(".launches")
+_launches = Lazy(".launches", __package__)
 
 OPERATOR = Operator(
     "pyramid_pool3d",
@@ -111,7 +101,7 @@ OPERATOR = Operator(
             config=lambda facts: _launches.describe(facts),
             floor_bytes=_floor_bytes,
         ),
-        Backend("native", _native_can_run, Lazy(".native"), floor_bytes=_floor_bytes),
+        Backend("native", _native_can_run, Lazy(".native", __package__), floor_bytes=_floor_bytes),
         Backend("gemm", _gemm_can_run, gemm, floor_bytes=_floor_bytes),
         Backend(
             "torch",

@@ -22,6 +22,7 @@ from .kernels import (
     _load_rows,
     _operand,
     _seen,
+    _share,
     _store_rows,
 )
 
@@ -80,12 +81,8 @@ def _window_attention_dq_kernel(
     WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window."""
-    pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    if WINDOWS_INNER:
-        pid_w, pid_m, head = pid % pairs, pid // pairs % tiles_m, pid // pairs // tiles_m
-    else:
-        pid_m, head, pid_w = pid % tiles_m, pid // tiles_m % heads, pid // tiles_m // heads
+    pid_m, head, pid_w = _share(pairs, tiles_m, heads, WINDOWS_INNER)
     b, window = (pid_w // W).to(tl.int64), pid_w % W
     kind = tl.load(kind_ptr + window)
     C = heads * DIM
@@ -166,12 +163,8 @@ def _window_attention_dkv_kernel(
     """One program: a key tile of a head of a window. Scores are ``[keys, queries]``, so that weights and dS go from
     registers to the tensor cores as they are.
     """
-    pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    if WINDOWS_INNER:
-        pid_w, pid_n, head = pid % pairs, pid // pairs % tiles_n, pid // pairs // tiles_n
-    else:
-        pid_n, head, pid_w = pid % tiles_n, pid // tiles_n % heads, pid // tiles_n // heads
+    pid_n, head, pid_w = _share(pairs, tiles_n, heads, WINDOWS_INNER)
     b, window = (pid_w // W).to(tl.int64), pid_w % W
     kind = tl.load(kind_ptr + window)
     C = heads * DIM

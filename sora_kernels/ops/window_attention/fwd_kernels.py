@@ -16,6 +16,7 @@ from .kernels import (
     _load_rows,
     _operand,
     _seen,
+    _share,
     _store_rows,
 )
 
@@ -42,12 +43,8 @@ def _window_attention_fwd_kernel(
     WINDOWS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: a query tile of a head of a window. ``pairs`` is B * W."""
-    pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    if WINDOWS_INNER:  # neighbours in time read the same bias
-        pid_w, pid_m, head = pid % pairs, pid // pairs % tiles_m, pid // pairs // tiles_m
-    else:  # the same keys
-        pid_m, head, pid_w = pid % tiles_m, pid // tiles_m % heads, pid // tiles_m // heads
+    pid_m, head, pid_w = _share(pairs, tiles_m, heads, WINDOWS_INNER)
     b, window = (pid_w // W).to(tl.int64), pid_w % W
     kind = tl.load(kind_ptr + window)
     C = heads * DIM

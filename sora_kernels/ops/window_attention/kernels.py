@@ -21,6 +21,16 @@ UNSEEN = tl.constexpr(1e30)  # the log-sum-exp of a query that is none: all its 
 
 
 @triton.jit
+def _share(pairs, tiles, heads, WINDOWS_INNER: tl.constexpr):
+    """Which tile of which head of which window of the batch is this program's."""
+    pid = tl.program_id(0)
+    if WINDOWS_INNER:  # neighbours in time read the same bias
+        return pid // pairs % tiles, pid // pairs // tiles, pid % pairs
+    else:  # the same keys
+        return pid % tiles, pid // tiles % heads, pid // tiles // heads
+
+
+@triton.jit
 def _load_rows(
     ptr, pad_ptr, token, stride, offs_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr,
     INDEX: tl.constexpr,

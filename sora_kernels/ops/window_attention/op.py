@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autocast import without_autocast
+from ..common.autocast import autocast_dtype, without_autocast
 from ..common.dtypes import DTYPES
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
@@ -227,12 +227,8 @@ def _checked(
         _check_tensor("pad_kv", pad_kv, (2, width // 3), qkv.device)
     if not 0 <= dropout_p < 1:
         raise _error(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if (
-        torch._C._is_any_autocast_enabled()
-        and torch.is_autocast_enabled(qkv.device.type)
-        and qkv.dtype is not torch.float64
-    ):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    if (dtype := autocast_dtype(qkv)) is not None:
+        qkv = qkv.to(dtype)
     if pad_kv is not None:
         pad_kv = pad_kv.to(qkv.dtype)
     scale = (width // 3 // num_heads) ** -0.5 if scale is None else float(scale)
