@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/sora demo
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

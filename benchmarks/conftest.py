@@ -30,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounds", type=int, default=timers.ROUNDS, help="interleaved rounds (default %(default)s)"
     )
     group.addoption("--device", choices=("cpu", "cuda"), help="rows of this device only")
+    group.addoption(
+        "--sample", type=int, metavar="N", help="N cases of each benchmark, evenly spaced, no more"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +71,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("device", "dtype"), rows)
     if "provider" in metafunc.fixturenames:
         metafunc.parametrize("provider", _providers(metafunc.config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (wanted := config.getoption("sample")) is None:
+        return
+    cases_of: dict[Any, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        parameters = {} if callspec is None else dict(callspec.params)
+        parameters.pop("provider", None)
+        cases_of.setdefault((item.path, item.originalname), {}).setdefault(
+            str(parameters), []
+        ).append(item)
+    kept: list[pytest.Item] = []
+    for found in cases_of.values():
+        of_cases = list(found.values())
+        step = max(1.0, len(of_cases) / wanted)
+        kept += [
+            item
+            for n in range(min(wanted, len(of_cases)))
+            for item in of_cases[int((n + 0.5) * step)]
+        ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def _providers(config: pytest.Config) -> list[str]:

@@ -10,13 +10,14 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 _TESTS = Path(__file__).parent
 _BENCHMARKS = _TESTS.parent / "benchmarks"
-# Folders that stay in one worker of pytest -n: their tests share costly set-ups, or take the time.
-_TOGETHER = ("audit", "benchmarks", "packaging")
+# Folders whose tests share costly set-ups; begun last, one would run alone.
+_TOGETHER = ("packaging", "audit", "benchmarks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +52,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // workers))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs a file, or a folder of ``_TOGETHER``, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = Path(file).parent.name
+            return folder if folder in _TOGETHER else file
+
+    config.option.loadscopereorder = False
+    return Together(config, log)
 
 
 def _find_benchmarks() -> None:
@@ -124,15 +140,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"sora_kernels parts: {found}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     parts = _parts()
     if config.getoption("markexpr") != "gpu":
         parts["gpu"] = "run with -m gpu"
-    for item in items:
-        folder = item.path.relative_to(_TESTS).parts[0]
-        if folder in _TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(folder))
+    order = {folder: place for place, folder in enumerate(_TOGETHER)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(_TESTS).parts[0], len(order)))
     required = {p for p in ("gpu", "native") if config.getoption(f"--require-{p}")}
     for item in items:
         for part, why in parts.items():

@@ -1,5 +1,5 @@
-"""The suite itself: every row once, tiny, checked by the 2x rule and not timed; one row timed for
-real."""
+"""The suite itself: rows of every benchmark once, tiny, checked by the 2x rule and not timed (all of
+them: ``pytest benchmarks --benchmark-disable``); one row timed for real."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 
 
-def test_every_row_runs_and_is_right():
-    done = run("benchmarks", "--benchmark-disable", "--device", "cpu")
+def test_rows_run_and_are_right():
+    done = run("benchmarks", "--benchmark-disable", "--device", "cpu", "--sample", "5")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
