@@ -208,9 +208,9 @@ def readable(mangled: str) -> str:
     if mangled[at : at + 1] == "I":
         at += 1
         names = {"f": "float", "d": "double", "i": "int", "b": "bool"}
-        # A type of this namespace is NS_..E, a number of such a type LNS_..E1E.
+        # A type of a namespace is NS_..E (NS0_, ... of one inside), a number of such a type LNS_..E1E.
         while match := re.match(
-            r"(?P<literal>L)?(?P<nested>NS_)?(?P<size>\d+)|L[a-z](?P<value>n?\d+)E|(?P<name>[fdib])",
+            r"(?P<literal>L)?(?P<nested>NS\d*_)?(?P<size>\d+)|L[a-z](?P<value>n?\d+)E|(?P<name>[fdib])",
             mangled[at:],
         ):
             at += match.end()

@@ -12,6 +12,7 @@
 //
 //   LaunchConfig config{grid, block, shared_bytes};   config.cluster = 4; config.cooperative = true;
 //   int error = launch_kernel(kernel<H>, config, stream, args);      0, or a cudaError_t; emulated: emu::last_result()
+//   int error = registers_of(kernel<H>, registers);                  of a thread; emulated: 0 registers
 //
 // Every wrapper of csrc/common/*.cuh ends with SORA_SITE or SORA_AND_SITE: nothing on the device, on the host a default
 // argument that names the caller's line in reports. A kernel calls wrappers and plain C++ only.
@@ -101,6 +102,12 @@ int launch_kernel(void (*kernel)(Params...), const LaunchConfig& config, void* /
   return emu::launch(shape, [=] { kernel(args...); }).ok ? 0 : 1;
 }
 
+template <class... Params>
+int registers_of(void (*)(Params...), int& registers) {
+  registers = 0;
+  return 0;
+}
+
 #else
 
 using ThreadIndex = uint3;
@@ -142,6 +149,14 @@ int launch_kernel(void (*kernel)(Params...), const LaunchConfig& config, void* s
     attributes[launch.numAttrs++].val.cooperative = 1;
   }
   return cudaLaunchKernelEx(&launch, kernel, Params(args)...);
+}
+
+template <class... Params>
+int registers_of(void (*kernel)(Params...), int& registers) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  registers = attributes.numRegs;
+  return error;
 }
 
 #endif

@@ -219,6 +219,17 @@ void init_lstm(py::module_& m) {
       },
       "dtype"_a, "numbers"_a, "device"_a, "stream"_a, nogil);
   m.def(
+      "lstm_resident_plan",
+      [](int dtype, const std::array<int64_t, kLstmResidentShapeNumbers>& numbers, bool backward, int device) {
+        LstmResidentPlan plan;
+        check_resident(lstm_resident_plan(static_cast<DType>(dtype), lstm_resident_shape_of(numbers.data()), backward,
+                                          device, plan),
+                       "lstm_resident_plan");
+        return py::dict("units"_a = plan.units, "ctas"_a = plan.ctas, "threads"_a = plan.threads,
+                        "registers"_a = plan.registers, "shared_bytes"_a = plan.shared_bytes);
+      },
+      "dtype"_a, "numbers"_a, "backward"_a, "device"_a);
+  m.def(
       "lstm_resident_backward",
       [](int dtype, const ResidentNumbers& numbers, int device, Address stream) {
         const LstmResidentBackward args = lstm_resident_backward_of(numbers.data());

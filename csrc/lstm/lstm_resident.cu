@@ -11,6 +11,7 @@ namespace sora {
 namespace {
 
 using resident::Access;
+using resident::Target;
 
 constexpr int64_t kMostRows = int64_t(1) << 30;  // data rows are numbered by int, and some steps past the end
 constexpr int64_t kMostMembers = 65535;          // of a grid's third axis
@@ -51,15 +52,24 @@ int find_access(DType dtype, int64_t H, uintptr_t elements, uintptr_t weights, u
 }
 
 template <class Args>
-using Launch = int (*)(const Args&, Access, void*);
+using Launch = int (*)(const Args&, Access, const Target&);
 
 template <class Args>
-int run(DType dtype, const Args& args, Access access, int device, void* stream, Launch<Args> bf16, Launch<Args> fp16,
-        Launch<Args> tf32) {
+int run_one(DType dtype, const Args& args, Access access, int device, const Target& target, Launch<Args> bf16,
+            Launch<Args> fp16, Launch<Args> tf32) {
   const DeviceGuard guard(device);
   if (guard.error() != 0) return guard.error();
   const auto launch = dtype == DType::bfloat16 ? bf16 : dtype == DType::float16 ? fp16 : tf32;
-  return launch(args, access, stream);
+  return launch(args, access, target);
+}
+
+int run(DType dtype, const LstmResidentForward& args, Access access, int device, const Target& target) {
+  return run_one(dtype, args, access, device, target, resident::launch_forward_bf16, resident::launch_forward_fp16,
+                 resident::launch_forward_tf32);
+}
+int run(DType dtype, const LstmResidentBackward& args, Access access, int device, const Target& target) {
+  return run_one(dtype, args, access, device, target, resident::launch_backward_bf16, resident::launch_backward_fp16,
+                 resident::launch_backward_tf32);
 }
 
 }  // namespace
@@ -86,8 +96,7 @@ int lstm_resident_forward_cuda(DType dtype, const LstmResidentForward& a, int de
                                               a.y, a.h_n, a.c_n}),
                                 address_bits({a.w_hh[0], a.w_hh[1]}), address_bits({a.cells}), access);
   if (error) return error;
-  return run(dtype, a, access, device, stream, resident::launch_forward_bf16, resident::launch_forward_fp16,
-             resident::launch_forward_tf32);
+  return run(dtype, a, access, device, Target{stream});
 }
 
 int lstm_resident_backward_cuda(DType dtype, const LstmResidentBackward& a, int device, void* stream) {
@@ -102,8 +111,22 @@ int lstm_resident_backward_cuda(DType dtype, const LstmResidentBackward& a, int 
                                 address_bits({a.gates, a.y, a.h0, a.c0, a.dy, a.dh_n, a.dc_n, a.dgates, a.dh0, a.dc0}),
                                 address_bits({a.w_hh[0], a.w_hh[1]}), address_bits({a.cells, a.dcells}), access);
   if (error) return error;
-  return run(dtype, a, access, device, stream, resident::launch_backward_bf16, resident::launch_backward_fp16,
-             resident::launch_backward_tf32);
+  return run(dtype, a, access, device, Target{stream});
+}
+
+int lstm_resident_plan(DType dtype, const LstmResidentShape& shape, bool backward, int device, LstmResidentPlan& plan) {
+  if (const int error = check_shape(dtype, shape)) return error;
+  Access access;
+  if (const int error = find_access(dtype, shape.H, 0, 0, 0, access)) return error;
+  const Target target{nullptr, &plan};
+  if (backward) {
+    LstmResidentBackward args{};
+    args.shape = shape;
+    return run(dtype, args, access, device, target);
+  }
+  LstmResidentForward args{};
+  args.shape = shape;
+  return run(dtype, args, access, device, target);
 }
 
 const char* lstm_resident_error(int code) {

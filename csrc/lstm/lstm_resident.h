@@ -70,6 +70,15 @@ struct LstmResidentBackward {
   void* dc0;           // [members, D, B, H] element; LSTM only
 };
 
+// What a launch is made of.
+struct LstmResidentPlan {
+  int units = 0;  // that the kernel was compiled for, at least H
+  int64_t ctas = 0;
+  int threads = 0;       // of a CTA
+  int registers = 0;     // of a thread
+  int shared_bytes = 0;  // of a CTA
+};
+
 // The largest H that there is a kernel for: 128, of float32 64, of float64 0.
 int64_t lstm_resident_max_hidden(DType dtype);
 
@@ -77,6 +86,9 @@ int64_t lstm_resident_max_hidden(DType dtype);
 // synchronisation: the call returns as soon as the kernel is queued, and may be captured into a graph.
 int lstm_resident_forward_cuda(DType dtype, const LstmResidentForward& args, int device, void* stream);
 int lstm_resident_backward_cuda(DType dtype, const LstmResidentBackward& args, int device, void* stream);
+// What a call with these sizes would launch, its arrays aligned to 16 bytes. Of the pointers alone counts whether they
+// are null.
+int lstm_resident_plan(DType dtype, const LstmResidentShape& shape, bool backward, int device, LstmResidentPlan& plan);
 const char* lstm_resident_error(int code);
 
 }  // namespace sora

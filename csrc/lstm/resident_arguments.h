@@ -9,7 +9,8 @@
 
 namespace sora {
 
-constexpr int kLstmResidentNumbers = 24;  // of either pass; the first 10 are the shape's
+constexpr int kLstmResidentNumbers = 24;  // of either pass; the shape's first
+constexpr int kLstmResidentShapeNumbers = 10;
 
 class NumbersInOrder {
  public:
@@ -32,6 +33,12 @@ class NumbersInOrder {
  private:
   const int64_t* next_;
 };
+
+inline LstmResidentShape lstm_resident_shape_of(const int64_t* numbers) {
+  LstmResidentShape shape;
+  NumbersInOrder(numbers).get_shape(shape);
+  return shape;
+}
 
 inline LstmResidentForward lstm_resident_forward_of(const int64_t* numbers) {
   LstmResidentForward a;

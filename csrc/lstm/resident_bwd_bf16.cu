@@ -4,8 +4,8 @@
 namespace sora {
 namespace resident {
 
-int launch_backward_bf16(const LstmResidentBackward& args, Access access, void* stream) {
-  return launch_pass<BackwardPass, BFloat16>(args, access, stream);
+int launch_backward_bf16(const LstmResidentBackward& args, Access access, const Target& target) {
+  return launch_pass<BackwardPass, BFloat16>(args, access, target);
 }
 
 }  // namespace resident

@@ -4,8 +4,8 @@
 namespace sora {
 namespace resident {
 
-int launch_backward_tf32(const LstmResidentBackward& args, Access access, void* stream) {
-  return launch_pass<BackwardPass, float>(args, access, stream);
+int launch_backward_tf32(const LstmResidentBackward& args, Access access, const Target& target) {
+  return launch_pass<BackwardPass, float>(args, access, target);
 }
 
 }  // namespace resident

@@ -4,8 +4,8 @@
 namespace sora {
 namespace resident {
 
-int launch_forward_bf16(const LstmResidentForward& args, Access access, void* stream) {
-  return launch_pass<ForwardPass, BFloat16>(args, access, stream);
+int launch_forward_bf16(const LstmResidentForward& args, Access access, const Target& target) {
+  return launch_pass<ForwardPass, BFloat16>(args, access, target);
 }
 
 }  // namespace resident

@@ -4,8 +4,8 @@
 namespace sora {
 namespace resident {
 
-int launch_forward_tf32(const LstmResidentForward& args, Access access, void* stream) {
-  return launch_pass<ForwardPass, float>(args, access, stream);
+int launch_forward_tf32(const LstmResidentForward& args, Access access, const Target& target) {
+  return launch_pass<ForwardPass, float>(args, access, target);
 }
 
 }  // namespace resident

@@ -137,6 +137,10 @@ def test_launch_bounds():
             "_ZN4sora20lstm_step_bwd_kernelINS_8BFloat16ELNS_4CellE2EEEvNS_16LstmStepBackwardE",
             "lstm_step_bwd_kernel<BFloat16, 2>",
         ),
+        (
+            "_ZN4sora8resident24lstm_resident_fwd_kernelINS_8BFloat16ELi128ELNS_4CellE0ELNS0_6AccessE1ELb1EEEvNS_19LstmResidentForwardE",
+            "lstm_resident_fwd_kernel<BFloat16, 128, 0, 1, 1>",
+        ),
         ("_ZN4sora12_GLOBAL__N_111walk_kernelIfLi4ELb1EEEvPf", "walk_kernel<float, 4, 1>"),
         ("_Z12plain_kernelPf", "plain_kernel"),
         ("_bn_stats_kernel", "_bn_stats_kernel"),

@@ -17,7 +17,7 @@ from test_lstm_cpu import Problem, assert_same_bits, named, output_gradients, pr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sora_kernels.ops.lstm import reference, resident
+from sora_kernels.ops.lstm import plans, reference, resident
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, RNN_RELU, Cell
 from sora_kernels.testing import assert_within_2x, poisoned
 
@@ -174,7 +174,7 @@ def check(*problems: Problem) -> None:
 
 
 def largest(dtype: torch.dtype) -> int:
-    return resident.MAX_HIDDEN[dtype]
+    return plans.MAX_HIDDEN[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sora_kernels import BackendError, _native, explain
-from sora_kernels.ops.lstm import backends, gru, lstm, rnn
+from sora_kernels.ops.lstm import backends, gru, lstm, plans, rnn
 from sora_kernels.testing import assert_close
 
 NATIVE = pytest.mark.native
@@ -136,7 +136,7 @@ def facts(**changed):
         "cell": "lstm", "device": torch.device("cuda"), "dtype": torch.float32, "steps": 50,
         "batch": 3, "hidden_size": 64, "proj_size": 0, "directions": 1, "grad": False,
         "tapes": False, "ragged": False, "reset": False, "cells": False, "recompute": False,
-        "precision": "",
+        "precision": "tf32",
     }  # fmt: skip
     return backends.Facts(**{**plain, **changed})
 
@@ -178,25 +178,35 @@ def test_preference(changed, first):
     assert backends._prefer(facts(**changed))[0] == first
 
 
-def test_choices_on_cuda(monkeypatch):
-    """cuDNN where it can run the call, the kernels of every cell where it cannot."""
+@pytest.fixture
+def h200(monkeypatch):
+    """The choice as on one."""
     monkeypatch.setattr(_native, "cuda_device_status", lambda device: _native.Status("ok"))
+    monkeypatch.setattr(plans, "gpu_of", lambda device: plans.Gpu("sm90", 132, 1.755))
+
+
+def test_choices_on_cuda(h200):
+    """Weights in registers first, then cuDNN where it can run the call and is not slow."""
+    wide = {"hidden_size": 512}
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for changed, name in (
-            ({}, "torch"),
-            ({"ragged": True}, "torch"),
-            ({"reset": True}, "native"),
-            ({"reset": True, "ragged": True, "recompute": True, "grad": True}, "native"),
-            ({"tapes": True, "ragged": True}, "native"),
-            ({"precision": "tf32"}, "native"),
-            ({"precision": "tf32", "proj_size": 2}, "reference"),
+            ({}, "native"),
+            ({"dtype": torch.bfloat16, "hidden_size": 128, "precision": ""}, "native"),
+            ({"ragged": True}, "native"),
+            (wide, "torch"),
+            ({"precision": "ieee", "hidden_size": 512}, "native"),  # not what cuDNN's flag says
+            (wide | {"dtype": torch.float64, "precision": ""}, "torch"),
+            (wide | {"ragged": True}, "native"),
+            (wide | {"reset": True}, "native"),
+            (wide | {"reset": True, "ragged": True, "recompute": True, "grad": True}, "native"),
+            (wide | {"tapes": True}, "native"),
         ):
             asked = facts(cell=cell, **changed)
-            assert backends.OPERATORS[cell.partition("_")[0]].select("", asked).name == name
+            found = backends.OPERATORS[cell.partition("_")[0]].select("", asked).name
+            assert found == name, changed
 
 
-def test_deterministic_mode_passes_over_cudnn(monkeypatch):
-    monkeypatch.setattr(_native, "cuda_device_status", lambda device: _native.Status("ok"))
+def test_deterministic_mode_passes_over_cudnn(h200):
     torch.use_deterministic_algorithms(True)
     try:
         for changed, name in (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _env, _native
 from ..._dispatch import YES, Backend, Operator, Verdict, no
-from . import native, reference, stock
+from . import native, plans, precision, reference, stock
 from .arguments import States, autocast
 from .cells import CELLS, Cell
 from .int8 import MAX_BATCH
@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     reset: bool
     cells: bool
     recompute: bool
-    precision: str
+    precision: str  # of fp32 on CUDA: "tf32" or "ieee", asked for or torch's flag; else ""
 
 
 _CPU = torch.device("cpu")
@@ -75,9 +75,10 @@ def _torch_can_run(facts: Facts) -> Verdict:
         return no("return_cells is True; torch's layer returns the last cell state alone")
     if facts.ragged and facts.device.type == "meta":
         return no("x is on meta; torch packs rows by lengths that it reads")
-    if facts.precision and facts.device.type == "cuda":
+    if facts.precision and facts.precision != precision.of_cudnn():
         return no(
-            f"precision is {facts.precision!r}; torch's layer follows torch.backends.cudnn alone"
+            f"precision is {facts.precision!r}; torch's layer follows torch.backends.cudnn alone, "
+            f"where it is {precision.of_cudnn()!r}"
         )
     return YES
 
@@ -159,7 +160,7 @@ def _torch_is_faster(
 def _prefer(facts: Facts) -> tuple[str, ...]:
     """Fastest first; README.md has the measurements behind each line."""
     if not _on_cpu(facts):
-        return _TORCH_FIRST  # cuDNN's loop over steps is never slower than ours
+        return _NATIVE_FIRST if _faster_than_cudnn(facts) else _TORCH_FIRST
     # Torch has no projections in oneDNN, and to recompute runs the whole layer again.
     if facts.ragged or facts.proj_size or (facts.recompute and facts.grad):
         return _NATIVE_FIRST
@@ -167,6 +168,33 @@ def _prefer(facts: Facts) -> tuple[str, ...]:
         facts.cell, facts.dtype, facts.batch, facts.hidden_size, facts.steps, facts.grad
     )
     return _TORCH_FIRST if torch_first else _NATIVE_FIRST
+
+
+def _layer_of(facts: Facts) -> plans.Layer:
+    return plans.Layer(
+        facts.cell, facts.dtype, facts.batch, facts.hidden_size, facts.directions, facts.ragged,
+        facts.reset, facts.proj_size, facts.precision,
+    )  # fmt: skip
+
+
+def _faster_than_cudnn(facts: Facts) -> bool:
+    """By prediction, of a device that is not the CPU."""
+    if facts.device.type != "cuda" or not _native.cuda_device_status(facts.device).ok:
+        return False
+    layer, gpu = _layer_of(facts), plans.gpu_of(facts.device)
+    return plans.native_us(layer, gpu) < plans.cudnn_us(layer, gpu)
+
+
+def _native_config(facts: Facts) -> str:
+    if facts.device.type != "cuda":
+        return ""
+    return plans.describe_native(_layer_of(facts), facts.steps, facts.device)
+
+
+def _torch_config(facts: Facts) -> str:
+    if facts.device.type != "cuda":
+        return ""
+    return plans.describe_cudnn(_layer_of(facts), facts.device)
 
 
 def int8_pays(batch: int, hidden_size: int) -> bool:
@@ -212,7 +240,7 @@ def _floor_bytes(facts: Facts) -> int:
 def facts_of(
     cell: Cell, x: Tensor, hx: States, weights: Sequence[Tensor], batch_sizes: Tensor | None,
     bidirectional: bool, proj_size: int, lengths: Tensor | None, reset: Tensor | None,
-    return_cells: bool, memory: str, precision: str | None,
+    return_cells: bool, memory: str, asked: str | None,
 ) -> Facts:  # fmt: skip
     """Of a call of all layers; x is time first or packed."""
     sizes = x.shape
@@ -225,7 +253,7 @@ def facts_of(
         cell.name, x.device, x.dtype, steps, batch, weights[1].shape[0] // cell.gates, proj_size,
         2 if bidirectional else 1, torch.is_grad_enabled() and _wants_grad(x, hx, weights), False,
         lengths is not None or batch_sizes is not None, reset is not None, return_cells,
-        memory == "recompute", precision or "",
+        memory == "recompute", precision.resolved(asked or "", x.device, x.dtype),
     )  # fmt: skip
 
 
@@ -255,11 +283,18 @@ def _operator(name: str) -> Operator:
         )  # fmt: skip
 
     backends = [
-        Backend("native", _native_can_run, _IMPLS["native"], floor_bytes=_floor_bytes),
+        Backend(
+            "native",
+            _native_can_run,
+            _IMPLS["native"],
+            config=_native_config,
+            floor_bytes=_floor_bytes,
+        ),
         Backend(
             "torch",
             _torch_can_run,
             _IMPLS["torch"],
+            config=_torch_config,
             floor_bytes=_floor_bytes,
             deterministic=_on_cpu,  # cuDNN's layer does not promise the same bits
         ),

@@ -1,20 +1,22 @@
 """The layers through ``sora_kernels._C``: torch's GEMMs, and csrc/lstm for the chain over time.
 
-Two ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums
-in registers and threads over rows or units; every cell and feature. *Steps* (steps.py): one GEMM and
-one kernel a step; on CUDA, and of an LSTM on the CPU where there are too few steps to pay for packing.
+Three ways to walk the steps. *Sequence*: one call of the CPU kernel, which packs ``w_hh``, keeps sums
+in registers and threads over rows or units; every cell and feature. *Resident* (resident.py): one
+launch on CUDA, where registers hold ``w_hh`` (plans.py). *Steps* (steps.py): one GEMM and one kernel a
+step; on CUDA otherwise, and of an LSTM on the CPU where there are too few steps to pay for packing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _native
 from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
-from . import steps
+from . import plans, precision, resident, steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
@@ -40,6 +42,9 @@ def forward(
         T, B, _ = x.shape
         if T > steps.MOST or (T > 1 and not steps.faster(T, B, weights[1].shape[1])):
             return _forward_plain(cell, x, h0, c0, weights)
+    if x.is_cuda:
+        walk = _walk_on_cuda(cell, x, weights)
+        return walk.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
@@ -100,8 +105,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """As ``reference.layer_backward``, for what ``needs`` says of x, the states and each weight."""
     h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
-    if _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
-        return steps.backward(
+    by_steps = _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias)
+    if x.is_cuda or by_steps:
+        walk = steps if by_steps else _walk_on_cuda(cell, x, weights)
+        return walk.backward(
             cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, lengths, reset, y,
             cells, gates, bias, needs,
         )  # fmt: skip
@@ -163,16 +170,21 @@ def backward(
     return None if dx is None else rows.given(dx), dh0, dc0, dweights
 
 
+def _walk_on_cuda(cell: Cell, x: Tensor, weights: Sequence[Tensor]) -> Any:
+    """resident.py or steps.py."""
+    exact = precision.of_products() if x.dtype == torch.float32 else ""
+    fits = plans.resident_can_run(x.dtype, weights[1].shape[0] // cell.gates, exact).ok
+    return resident if fits else steps
+
+
 def _walks_steps(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None,
     lengths: Tensor | None, reset: Tensor | None, bias: bool,
 ) -> bool:  # fmt: skip
-    """Whether the call goes step by step: what backends.py lets come here on CUDA, and on the CPU
-    where T times GEMM and cell beat one kernel, which packs 4 H^2 values first.
+    """Whether a call on the CPU goes step by step: where T times GEMM and cell beat one kernel, which
+    packs 4 H^2 values first.
     """
-    if x.is_cuda:
-        return True
-    if cell is not LSTM or x.shape[0] > steps.MOST or batch_sizes is not None:
+    if x.is_cuda or cell is not LSTM or x.shape[0] > steps.MOST or batch_sizes is not None:
         return False
     if lengths is not None or reset is not None or len(weights) % 2:  # odd: a projection
         return False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autocast import without_autocast
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
 from . import native, reference, stock
@@ -20,24 +18,7 @@ from .arguments import Sizes, operator_of
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
 from .int8 import Int8Weights
-
-
-@contextlib.contextmanager
-def _settled(x: Tensor, precision: str) -> Iterator[None]:
-    """No autocast, which would cast single GEMMs of a layer whose dtype is settled, and torch's GEMM
-    flag for this call. The flag is global: other threads see it meanwhile.
-    """
-    switches = precision and x.is_cuda and x.dtype == torch.float32
-    was = torch.backends.cuda.matmul.allow_tf32 if switches else False
-    with without_autocast(x):
-        if switches:
-            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        try:
-            yield
-        finally:
-            if switches:
-                torch.backends.cuda.matmul.allow_tf32 = was
-
+from .precision import resolved, settled
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -117,7 +98,7 @@ class Layer:
             self.cell.name, x.device, x.dtype, steps, _batch(x, h0, batch_sizes),
             sizes.hidden_size, sizes.proj_size, sizes.directions, grad, tapes,
             lengths is not None or batch_sizes is not None, reset is not None, cells, recompute,
-            precision,
+            resolved(precision, x.device, x.dtype),
         )  # fmt: skip
         return self.operator.select(backend, facts).impl
 
@@ -129,8 +110,8 @@ class Layer:
             precision,
         )  # fmt: skip
         args = (self.cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
-        if precision or torch._C._is_any_autocast_enabled():
-            with _settled(x, precision):
+        if resolved(precision, x.device, x.dtype) or torch._C._is_any_autocast_enabled():
+            with settled(x, precision):
                 return impl.forward(*args)
         return impl.forward(*args)
 
@@ -141,7 +122,7 @@ class Layer:
     ) -> Tensors:  # fmt: skip
         """y and the last states, without gradients, by int8 weights of each direction."""
         h0, c0 = (*states, None)[:2]
-        with _settled(x, ""):
+        with settled(x, ""):
             found = native.forward(
                 self.cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, False, int8
             )
@@ -174,8 +155,8 @@ class Layer:
             self.cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, lengths, reset, y,
             cells, gates, bias, needs,
         )  # fmt: skip
-        if precision or torch._C._is_any_autocast_enabled():
-            with _settled(x, precision):
+        if resolved(precision, x.device, x.dtype) or torch._C._is_any_autocast_enabled():
+            with settled(x, precision):
                 dx, dh0, dc0, dweights = impl.backward(*args)
         else:
             dx, dh0, dc0, dweights = impl.backward(*args)
@@ -248,7 +229,7 @@ class Layer:
             batch_sizes, lengths, reset = tensors[states + 1 : weights_at]
             weights: Any = tensors[weights_at:]
             assert x is not None
-            with _settled(x, flags[1]):
+            with settled(x, flags[1]):
                 return reference.layer(
                     cell, x, h0, c0, weights, batch_sizes, lengths, reset, flags[0], with_cells
                 )[:outputs]

@@ -18,8 +18,6 @@ from .pointers import all_pointable, pointable, pointer, stream
 from .products import db, dw_hh, input_products
 from .reference import Result, packed_sizes, state_dtype
 
-MAX_HIDDEN = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
-
 
 class Steps(NamedTuple):
     """Which (row, step) pairs run and where they lie, for the kernel and for torch.

@@ -63,7 +63,7 @@ def run(
         else:
             chosen = layer.operator.select(backend, facts)
             name = chosen.name
-            if not facts.grad and not torch.is_grad_enabled() and precision is None:
+            if not facts.grad and not torch.is_grad_enabled() and not facts.precision:
                 if plain and not torch._C._is_any_autocast_enabled():
                     straight = chosen.impl.forward
         if name == "torch" and not (recompute and facts.grad):  # it has gradients of its own

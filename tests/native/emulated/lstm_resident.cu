@@ -10,15 +10,15 @@ namespace sora {
 namespace resident {
 
 template <class Pass>
-int launch_fp16(const typename Pass::Args& args, void* stream) {
-  if (args.shape.cell == Cell::lstm) return launch<Pass, Half, 32, Cell::lstm, Access::pairs, true>(args, stream);
-  return launch<Pass, Half, 32, Cell::gru, Access::pairs, true>(args, stream);
+int launch_fp16(const typename Pass::Args& args, const Target& target) {
+  if (args.shape.cell == Cell::lstm) return launch<Pass, Half, 32, Cell::lstm, Access::pairs, true>(args, target);
+  return launch<Pass, Half, 32, Cell::gru, Access::pairs, true>(args, target);
 }
-int launch_forward_fp16(const LstmResidentForward& args, Access, void* stream) {
-  return launch_fp16<ForwardPass>(args, stream);
+int launch_forward_fp16(const LstmResidentForward& args, Access, const Target& target) {
+  return launch_fp16<ForwardPass>(args, target);
 }
-int launch_backward_fp16(const LstmResidentBackward& args, Access, void* stream) {
-  return launch_fp16<BackwardPass>(args, stream);
+int launch_backward_fp16(const LstmResidentBackward& args, Access, const Target& target) {
+  return launch_fp16<BackwardPass>(args, target);
 }
 
 }  // namespace resident

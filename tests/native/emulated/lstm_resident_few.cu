@@ -9,24 +9,24 @@ namespace sora {
 namespace resident {
 
 template <class Pass>
-int launch_few(const typename Pass::Args& args, void* stream) {
+int launch_few(const typename Pass::Args& args, const Target& target) {
   switch (args.shape.cell) {
-    case Cell::lstm: return launch<Pass, BFloat16, 32, Cell::lstm, Access::exact, true>(args, stream);
-    case Cell::gru: return launch<Pass, BFloat16, 32, Cell::gru, Access::exact, true>(args, stream);
-    default: return launch<Pass, BFloat16, 32, Cell::rnn_tanh, Access::exact, true>(args, stream);
+    case Cell::lstm: return launch<Pass, BFloat16, 32, Cell::lstm, Access::exact, true>(args, target);
+    case Cell::gru: return launch<Pass, BFloat16, 32, Cell::gru, Access::exact, true>(args, target);
+    default: return launch<Pass, BFloat16, 32, Cell::rnn_tanh, Access::exact, true>(args, target);
   }
 }
 
-int launch_forward_bf16(const LstmResidentForward& args, Access, void* stream) {
-  return launch_few<ForwardPass>(args, stream);
+int launch_forward_bf16(const LstmResidentForward& args, Access, const Target& target) {
+  return launch_few<ForwardPass>(args, target);
 }
-int launch_backward_bf16(const LstmResidentBackward& args, Access, void* stream) {
-  return launch_few<BackwardPass>(args, stream);
+int launch_backward_bf16(const LstmResidentBackward& args, Access, const Target& target) {
+  return launch_few<BackwardPass>(args, target);
 }
-int launch_forward_fp16(const LstmResidentForward&, Access, void*) { return kLstmUnsupportedDType; }
-int launch_backward_fp16(const LstmResidentBackward&, Access, void*) { return kLstmUnsupportedDType; }
-int launch_forward_tf32(const LstmResidentForward&, Access, void*) { return kLstmUnsupportedDType; }
-int launch_backward_tf32(const LstmResidentBackward&, Access, void*) { return kLstmUnsupportedDType; }
+int launch_forward_fp16(const LstmResidentForward&, Access, const Target&) { return kLstmUnsupportedDType; }
+int launch_backward_fp16(const LstmResidentBackward&, Access, const Target&) { return kLstmUnsupportedDType; }
+int launch_forward_tf32(const LstmResidentForward&, Access, const Target&) { return kLstmUnsupportedDType; }
+int launch_backward_tf32(const LstmResidentBackward&, Access, const Target&) { return kLstmUnsupportedDType; }
 
 }  // namespace resident
 }  // namespace sora
