@@ -114,3 +114,20 @@ def test_bad_arguments(arguments, message):
         pytest.skip("triton is not installed")
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_recurrent_kernels_keep_weights_in_registers(arch):
+    """The committed rows: what their speed is predicted from."""
+    found = {
+        name.partition(": ")[2]: row
+        for toolchain, rows in audit.table(arch).items()
+        if toolchain.startswith("nvcc")
+        for name, row in rows.items()
+        if name.startswith("lstm: lstm_resident")
+    }
+    assert len(found) == 150 and audit.spilled(found) == []
+    plain = found["lstm_resident_fwd_kernel<BFloat16, 128, 0, 0, 0>"]
+    ragged = found["lstm_resident_fwd_kernel<BFloat16, 128, 0, 0, 1>"]
+    assert plain["registers"] <= 224 and plain["loop"]["total"] <= 260
+    assert ragged["loop"]["total"] <= 1.15 * 420

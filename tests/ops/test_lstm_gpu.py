@@ -1,4 +1,7 @@
-"""The step kernels on a GPU: ``pytest -m gpu``. test_recurrent_steps.py runs the same walk on the CPU."""
+"""The recurrent kernels on a GPU: ``pytest -m gpu``. Without one, test_recurrent_steps.py runs the walk by
+steps on the CPU, tests/native/test_lstm_resident.py the kernels that hold weights in registers in the
+emulation.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,45 @@ def test_ieee_products(recurrent, kind):
     call.with_options(precision="ieee").check("native", "reference")
 
 
+def test_tf32_products(recurrent, kind):
+    """Weights in registers up to H = 64, a GEMM a step beyond."""
+    for H in (17, 32, 64, 130):
+        call = on_cuda(recurrent(kind, H=H, B=33, I=64, T=20, bidirectional=True))
+        call.with_options(precision="tf32").check("native", "reference")
+
+
+@pytest.mark.parametrize("H", [32, 64, 128, 96, 41])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_every_kernel_with_weights_in_registers(recurrent, kind, dtype, H):
+    for case in ({}, {"lengths": LENGTHS, "reset": RESET}):
+        call = on_cuda(recurrent(kind, dtype=dtype, H=H, bidirectional=True, **case))
+        call.check("native", "reference")
+
+
+def test_many_launches_and_two_streams(recurrent, kind):
+    call = on_cuda(recurrent(kind, dtype=torch.bfloat16, H=64, B=16, bidirectional=True))
+    expected = call.call(backend="native")
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        for _ in range(5000):
+            found = []
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(call.call(backend="native"))
+        torch.cuda.synchronize()
+    for each in found:
+        for a, b in zip(each, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_cudnn_gets_weights_in_one_piece(recwarn):
+    """nn.RNNBase lays them out when the module moves; scattered ones are copied at every call, with a warning."""
+    module = LSTM(16, 256, 2, backend="torch").cuda()
+    module(torch.randn(5, 3, 16, device="cuda"))[0].sum().backward()
+    assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
+
+
 @pytest.mark.parametrize("memory", ("save", "recompute"))
 def test_nothing_waits_for_the_gpu(recurrent, kind, memory):
     for case in ("reset_lengths", "reset_packed"):
@@ -136,15 +178,18 @@ def test_same_bits_in_any_memory(recurrent, kind):
 
 @pytest.mark.parametrize("function", (sk.lstm, sk.gru, sk.rnn))
 def test_which_backend_is_chosen(function):
-    """cuDNN where it can run the call; ours where it cannot, and where bits must repeat."""
+    """Weights in registers, then cuDNN; steps where it cannot, and where bits must repeat."""
     kind = {sk.lstm: torch.nn.LSTM, sk.gru: torch.nn.GRU, sk.rnn: torch.nn.RNN}[function]
-    weights = list(kind(4, 6, device="cuda").parameters())
+    weights = list(kind(4, 256, device="cuda").parameters())
     x = torch.randn(5, 3, 4, device="cuda")
     reset = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
     lengths = torch.tensor([5, 0, 2], device="cuda")
     assert sk.explain(function, x, None, weights).chosen == "torch"
     assert sk.explain(function, x, None, weights, reset=reset).chosen == "native"
-    assert sk.explain(function, x, None, weights, lengths=lengths).chosen == "torch"
+    assert sk.explain(function, x, None, weights, lengths=lengths).chosen == "native"
+    small = [w.bfloat16() for w in kind(4, 128, device="cuda").parameters()]
+    found = sk.explain(function, x.bfloat16(), None, small)
+    assert found.chosen == "native" and "resident: " in str(found) and " registers" in str(found)
     try:
         torch.use_deterministic_algorithms(True)
         assert sk.explain(function, x, None, weights, lengths=lengths).chosen == "native"
