@@ -33,6 +33,7 @@ from sora_kernels._audit_table import Row, regressions, render, spilled, table, 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "benchmarks" / "shapes.yaml"
 ARCHS = ("sm_80", "sm_90", "sm_100")
+OLDEST = 80  # whose PTX all machine code of the extension is made from (csrc/toolchain.py)
 # CUDA sources that the gate does not compile: the same kernels as those of bf16 beside them.
 NOT_GATED = ("_fp16", "_tf32")
 
@@ -177,7 +178,7 @@ def _cuda_rows(arch: str, gated: bool) -> tuple[str, dict[str, Row]]:
                 cubins.append(Path(folder, f"{source.stem}.cubin"))
                 flags = [
                     "-cubin",
-                    f"-arch={arch}",
+                    f"-gencode=arch=compute_{OLDEST},code={arch}",
                     "-std=c++17",
                     "-O3",
                     "-DNDEBUG",

@@ -120,16 +120,21 @@ def test_arch_that_nvcc_lacks(toolchain, asked):
 
 
 @pytest.mark.parametrize(
-    "archs, ptx",
-    [(["80", "90"], "90"), (["80", "90a"], "80"), (["90a"], None), (["100", "90"], "100")],
-)
-def test_ptx_is_of_the_newest_portable_arch(toolchain, archs, ptx):
+    "archs, ptx, codes",
+    [
+        (["80", "90"], "80", ["arch=compute_80,code=[sm_80,sm_90,compute_80]"]),
+        (["80", "90a"], "80", ["arch=compute_80,code=[sm_80,sm_90a,compute_80]"]),
+        (["90a"], None, ["arch=compute_90a,code=sm_90a"]),
+        (["100", "90"], "90", ["arch=compute_90,code=[sm_100,sm_90,compute_90]"]),
+        (["100", "90a"], "100", [
+            "arch=compute_90a,code=sm_90a", "arch=compute_100,code=[sm_100,compute_100]"
+        ]),
+    ],
+)  # fmt: skip
+def test_one_ptx_of_the_oldest_portable_arch(toolchain, archs, ptx, codes):
     nvcc = toolchain.Nvcc("nvcc", "13.0.88", archs, [], [], [])
     assert nvcc.ptx == ptx
-    assert [g for g in nvcc.gencodes if ",code=compute_" in g] == (
-        [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
-    )
-    assert len(nvcc.gencodes) == len(archs) + (ptx is not None)
+    assert nvcc.gencodes == [f"-gencode={code}" for code in codes]
 
 
 def test_compiler_is_named_with_its_version(toolchain, cxx):
