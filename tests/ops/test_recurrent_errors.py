@@ -142,7 +142,6 @@ def facts(**changed):
 
 
 CUDA = [
-    ("native", {"proj_size": 2}, "proj_size is 2"),
     ("native", {"dtype": torch.float8_e4m3fn}, "x is torch.float8_e4m3fn"),
     ("torch", {"precision": "ieee"}, "precision is 'ieee'"),
     ("torch", {"tapes": True}, "keeps no gates"),
@@ -189,7 +188,7 @@ def test_choices_on_cuda(monkeypatch):
             ({"reset": True, "ragged": True, "recompute": True, "grad": True}, "native"),
             ({"tapes": True, "ragged": True}, "native"),
             ({"precision": "tf32"}, "native"),
-            ({"precision": "tf32", "proj_size": 2}, "reference"),
+            ({"precision": "tf32", "proj_size": 2}, "native"),
         ):
             asked = facts(cell=cell, **changed)
             assert backends.OPERATORS[cell.partition("_")[0]].select("", asked).name == name
@@ -203,7 +202,7 @@ def test_deterministic_mode_passes_over_cudnn(monkeypatch):
             ({}, "native"),
             ({"ragged": True}, "native"),
             ({"cell": "gru"}, "native"),
-            ({"proj_size": 2}, "reference"),
+            ({"proj_size": 2}, "native"),
             ({"cell": "gru", "device": CPU, "steps": 1}, "torch"),
         ):
             asked = facts(**changed)
