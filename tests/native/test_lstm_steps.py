@@ -1,5 +1,5 @@
-"""The CUDA step kernels (csrc/lstm/step_kernels.cuh), run without a GPU: numbers against the definition in fp64, what is
-read and written, races. test_lstm_cpu.py runs the same walk over the CPU's steps.
+"""The CUDA step kernels (csrc/lstm/step_kernels.cuh), run without a GPU: numbers against the definition in fp64, what
+is read and written, races. tests/ops/test_recurrent_steps.py has the same walk over the CPU's steps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from emulation import Emulated, LaunchError, NoCompiler, build, emulated
-from test_lstm_cpu import Problem, assert_same_bits, both_ways, check, problem
+from emulation import Emulated, NoCompiler, build, emulated
+from test_lstm_cpu import assert_same_bits, both_ways, check, problem
 from test_lstm_resident import FEW
 from test_lstm_resident import install as install_resident
 from torch import Tensor
@@ -95,7 +95,8 @@ class Walk:
         self.device.run(function, self.code, self.numbers, ctypes.c_int64(t), given)
         for address in self.written:
             array, host, emulated = self.held[address]
-            assert torch.equal(array.between(emulated), array.between(host))
+            same = torch.equal(array.between(emulated), array.between(host))
+            assert same, f"{function} wrote between the rows of an array"
             host.copy_(emulated)
 
 
@@ -253,3 +254,66 @@ def test_order_of_threads_does_not_show(walked, cell):
         found.append(both_ways(p))
     for other in found[1:]:
         assert_same_bits(found[0], other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ("even", "lengths", "packed"))
+def test_projections(walked, monkeypatch, rows, dtype):
+    """projection.py over these kernels, as on CUDA."""
+    launches = walked(6)
+    project_over(monkeypatch, steps)
+    check(problem(LSTM, 5, 6, 20, D=2, P=7, rows=rows, reset=rows != "even", dtype=dtype))
+    p = problem(LSTM, 3, 2, 6, P=2, rows=rows, bias=False, dtype=dtype)
+    p.h0 = p.h0 if rows == "packed" else None
+    check(p)
+    assert set(launches) == {"ForwardSteps", "BackwardSteps"}
+
+
+@pytest.mark.parametrize("rows", ("even", "lengths", "packed"))
+def test_projections_over_resident_weights(monkeypatch, rows):
+    """The other core; with tapes and without, the same bits."""
+    install_resident(monkeypatch, 6, FEW)
+    project_over(monkeypatch, resident)
+    p = problem(LSTM, 5, 6, 32, D=2, P=7, rows=rows, reset=rows != "even", dtype=torch.bfloat16)
+    check(p)
+    result = native.forward(p.cell, *p.inputs, p.bias, True)
+    kept, again = both_ways(p, result), both_ways(p, result._replace(gates=None))
+    del kept["gates"]
+    assert_same_bits(kept, again)
+
+
+# Ways to break a kernel, and what says so. Each is a choice at run time, so that all are one library.
+BROKEN = {
+    1: ("Memory::state(a.c, at)", "Memory::state(a.c, {} ? at ^ 1 : at)", "race"),
+    2: ("Memory::state(a.dc, at)", "Memory::state(a.dc, {} ? at ^ 1 : at)", "race"),
+    3: ("if (at >= count) return;", "if (!{} && at >= count) return;", "out of bounds"),
+    4: (
+        "y_at = row * a.y_stride + j",
+        "y_at = row * a.y_stride + j + ({} ? H : 0)",
+        "between the rows",
+    ),
+    5: ("bool clears = rows.clears(b)", "bool clears = !{} && rows.clears(b)", "against fp64"),
+    6: ("if (!rows.runs(b))", "if (!{} && !rows.runs(b))", "NaN differs"),
+}
+
+
+@pytest.mark.parametrize("number", BROKEN)
+def test_a_broken_kernel_is_found(monkeypatch, number):
+    text = KERNELS.read_text()
+    for k, (whole, broken, _) in BROKEN.items():
+        assert whole in text
+        text = text.replace(whole, broken.format(f"(emu::mutation == {k})"))
+    try:
+        library = build(SOURCE, race=True, replaced={KERNELS: text})
+    except NoCompiler as why:
+        pytest.skip(str(why))
+    device = Emulated(library, race=True, seed=1)
+    walk_on(monkeypatch, device)
+    p = problem(LSTM, 4, 6, 20, D=2, rows="lengths", reset=True)
+    check(p)
+    device.mutate(number)
+    try:
+        with pytest.raises(AssertionError, match=BROKEN[number][2]):
+            check(p)
+    finally:
+        device.mutate(None)

@@ -52,10 +52,9 @@ def backward(
     """As ``reference.layer_backward``, for what ``needs`` says of x, the states and each weight."""
     layer = _Layer.of(core, x, h0, weights, batch_sizes, lengths, reset, bias)
     if cells is None or gates is None:
-        m, _, _, cells, gates = layer.over_m(x, h0, c0, True)
+        *_, cells, gates = layer.over_m(x, h0, c0, True)
         assert cells is not None and gates is not None
-    else:
-        m = layer.m(cells, gates)
+    m = layer.m(cells, gates)
     per = 5 if bias else 3
     wanted = [needs[start : start + per] for start in range(3, len(needs), per)]
     sends = needs[1] or any(own[-1] for own in wanted)  # whether what h(t-1) gets is
@@ -164,7 +163,7 @@ class _Layer(NamedTuple):
         return wide.view(*x.shape[:-1], wide.shape[1])
 
     def m(self, cells: Tensor, gates: Tensor) -> Tensor:
-        """o tanh(c) in the gates' dtype, as forward had it but for its rounding of o."""
+        """o tanh(c), as forward had it but for the rounding of o."""
         o = gates[..., 3 * cells.shape[-1] // len(gates) :].movedim(0, -2)
         tanh_c = cells.tanh().view(o.shape)
         return (o * tanh_c).to(gates.dtype).flatten(-2)
