@@ -12,7 +12,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from emulation import Emulated, NoCompiler, build, emulated
-from test_lstm_cpu import assert_same_bits, both_ways, check, problem
+from test_lstm_cpu import (
+    assert_same_bits,
+    both_ways,
+    check,
+    named,
+    output_gradients,
+    problem,
+)
 from test_lstm_resident import FEW
 from test_lstm_resident import install as install_resident
 from torch import Tensor
@@ -21,6 +28,7 @@ from sora_kernels.ops.common.dtypes import DTYPE_CODES
 from sora_kernels.ops.lstm import native, projection, resident, steps
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, Cell
 from sora_kernels.ops.lstm.reference import state_dtype
+from sora_kernels.testing import assert_close
 
 SOURCE = Path(__file__).parent / "emulated" / "lstm_steps.cu"
 KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "lstm" / "step_kernels.cuh"
@@ -233,17 +241,42 @@ def test_resets(walked, cell, dtype):
     check(problem(cell, 5, 6, 20, D=2, reset=True, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tapes_made_again(walked, dtype):
-    """By the same kernels, on every step at once (GRU) or with the products known (LSTM)."""
+@pytest.mark.parametrize("rows", ("even", "lengths", "packed"))
+def test_tapes_made_again(walked, rows):
+    """By the forward kernels: of every step at once (GRU), with the products known (LSTM)."""
     walked(4)
     for own in (LSTM, GRU):
-        p = problem(own, 4, 3, 18, D=2, rows="lengths", reset=True, dtype=dtype)
+        p = problem(own, 4, 3, 18, D=2, rows=rows, reset=True, dtype=torch.float64)
         result = native.forward(p.cell, *p.inputs, p.bias, True)
         kept, again = both_ways(p, result), both_ways(p, result._replace(gates=None))
-        for name in ("dx", "dh0", "dweights[1]"):
-            scale = kept[name].abs().max()
-            assert (kept[name] - again[name]).abs().max() <= 4 * torch.finfo(dtype).eps * scale
+        for name, t in again.items():
+            assert_close(t, kept[name], "transform_fp64", name=name)
+
+
+@pytest.mark.parametrize("rows", ("even", "lengths", "packed"))
+def test_only_some_states_and_gradients(walked, cell, rows):
+    """Arrays that are not there; the gradient of each output alone, which together are the whole."""
+    walked(5)
+    p = problem(cell, 4, 3, 18, D=2, rows=rows, reset=True, dtype=torch.float64)
+    if rows != "packed":
+        p.h0 = None
+    p.c0 = None
+    result = native.forward(p.cell, *p.inputs, p.bias, True)
+    needs = [True] * (2 + cell.has_c + len(p.weights))
+
+    def gradients(grads):
+        found = native.backward(
+            p.cell, *grads, *p.inputs, result.y, result.cells, result.gates, p.bias, needs
+        )
+        return named(p, result, found)
+
+    grads = output_gradients(p, result)
+    whole = gradients(grads)
+    parts = [gradients([g if k == i else None for i, g in enumerate(grads)]) for k in range(4)]
+    for name in whole:
+        if name.startswith("d"):
+            total = sum(part[name] for part in parts)
+            assert_close(total, whole[name], "transform_fp64", name=name)
 
 
 def test_order_of_threads_does_not_show(walked, cell):
