@@ -48,7 +48,7 @@ int launch(DType dtype, const Args& args, const LstmStepRows& rows, int64_t row_
   const int64_t count = row_count * args.steps.H;
   if (count == 0) return kLstmOk;
   const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return guard.error();
+  if (guard.error() != 0) return guard.error();
   LaunchConfig config;
   config.grid.x = static_cast<unsigned>((count + kStepThreads - 1) / kStepThreads);
   config.block.x = kStepThreads;
@@ -69,6 +69,8 @@ int lstm_step_backward_cuda(DType dtype, const LstmStepBackward& args, int64_t t
   return launch(dtype, args, rows, rows.backward_rows(), dh_next, device, stream);
 }
 
+#if !defined(SORA_HOST_EMULATION)
 const char* lstm_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+#endif
 
 }  // namespace sora

@@ -93,6 +93,12 @@ def test_every_cell_and_feature(recurrent, kind, case, dtype):
     on_cuda(recurrent(kind, dtype=dtype, **case)).check("native", "reference")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_projection(recurrent, case, dtype):
+    on_cuda(recurrent("lstm", proj=5, dtype=dtype, **case)).check("native", "reference")
+
+
 def test_ieee_products(recurrent, kind):
     call = on_cuda(recurrent(kind, H=130, B=33, I=64, T=20, bidirectional=True))
     call.with_options(precision="ieee").check("native", "reference")
@@ -138,9 +144,12 @@ def test_cudnn_gets_weights_in_one_piece(recwarn):
 
 
 @pytest.mark.parametrize("memory", ("save", "recompute"))
-def test_nothing_waits_for_the_gpu(recurrent, kind, memory):
+@pytest.mark.parametrize("proj", (0, 5))
+def test_nothing_waits_for_the_gpu(recurrent, kind, proj, memory):
+    if proj and kind != "lstm":
+        pytest.skip("an LSTM alone has projections")
     for case in ("reset_lengths", "reset_packed"):
-        call = on_cuda(recurrent(kind, memory=memory, **CASES[case]))
+        call = on_cuda(recurrent(kind, proj=proj, memory=memory, **CASES[case]))
         leaves = {n: t.detach().requires_grad_() for n, t in call.inputs.items()}
         grads = call.output_grads(call.call(leaves, backend="native"))
         torch.cuda.set_sync_debug_mode("error")

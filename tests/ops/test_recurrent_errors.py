@@ -142,7 +142,6 @@ def facts(**changed):
 
 
 CUDA = [
-    ("native", {"proj_size": 2}, "proj_size is 2"),
     ("native", {"dtype": torch.float8_e4m3fn}, "x is torch.float8_e4m3fn"),
     ("torch", {"precision": "ieee"}, "precision is 'ieee'"),
     ("torch", {"tapes": True}, "keeps no gates"),
@@ -200,6 +199,7 @@ def test_choices_on_cuda(h200):
             (wide | {"reset": True}, "native"),
             (wide | {"reset": True, "ragged": True, "recompute": True, "grad": True}, "native"),
             (wide | {"tapes": True}, "native"),
+            (wide | {"precision": "ieee", "proj_size": 2}, "native"),
         ):
             asked = facts(cell=cell, **changed)
             found = backends.OPERATORS[cell.partition("_")[0]].select("", asked).name
@@ -213,7 +213,7 @@ def test_deterministic_mode_passes_over_cudnn(h200):
             ({}, "native"),
             ({"ragged": True}, "native"),
             ({"cell": "gru"}, "native"),
-            ({"proj_size": 2}, "reference"),
+            ({"proj_size": 2}, "native"),
             ({"cell": "gru", "device": CPU, "steps": 1}, "torch"),
         ):
             asked = facts(**changed)

@@ -55,8 +55,6 @@ def _native_can_run(facts: Facts) -> Verdict:
         return YES if status.ok else no(status.why)
     if facts.device.type != "cuda":
         return no(f"x is on {facts.device}; the native kernels run on the CPU and on CUDA")
-    if facts.proj_size:
-        return no(f"proj_size is {facts.proj_size}; the native CUDA kernels have no projection")
     if facts.dtype not in native.DTYPE_CODES:
         return no(f"x is {facts.dtype}; the native kernels take fp16, bf16, fp32 and fp64")
     status = _native.cuda_device_status(facts.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _native
 from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
-from . import plans, precision, resident, steps
+from . import plans, precision, projection, resident, steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
@@ -43,8 +43,10 @@ def forward(
         if T > steps.MOST or (T > 1 and not steps.faster(T, B, weights[1].shape[1])):
             return _forward_plain(cell, x, h0, c0, weights)
     if x.is_cuda:
-        walk = _walk_on_cuda(cell, x, weights)
-        return walk.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
+        walk, args = _walk_on_cuda(cell, x, weights), (batch_sizes, lengths, reset, bias, tapes)
+        if Sizes.of_layer(cell, weights, bias).proj_size:
+            return projection.forward(walk, x, h0, c0, weights, *args)
+        return walk.forward(cell, x, h0, c0, weights, *args)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
@@ -102,10 +104,15 @@ def backward(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
     cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """As ``reference.layer_backward``, for what ``needs`` says of x, the states and each weight."""
     h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
     by_steps = _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias)
+    if x.is_cuda and Sizes.of_layer(cell, weights, bias).proj_size:
+        return projection.backward(
+            _walk_on_cuda(cell, x, weights), dy, dh_n, dc_n, dcells, x, h0, c0, weights,
+            batch_sizes, lengths, reset, y, cells, gates, bias, needs,
+        )  # fmt: skip
     if x.is_cuda or by_steps:
         walk = steps if by_steps else _walk_on_cuda(cell, x, weights)
         return walk.backward(

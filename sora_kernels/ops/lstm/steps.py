@@ -113,18 +113,28 @@ class Walk(NamedTuple):
         does not run it means nothing.
         """
         own = y.view(self.N, y.shape[-1])[:, d * self.H : (d + 1) * self.H]
-        first = y.new_zeros(self.B, self.H) if h0 is None else h0[d]
-        h_prev = self.late(d, own, first)
-        if self.reset is not None:
-            clear = self.reset.view(-1)
-            if d == 1:
-                clear = self.late(d, clear, clear.new_zeros(self.B))
-            h_prev.masked_fill_(clear[:, None], 0)
+        return self.cut(d, self.before(d, own, None if h0 is None else h0[d]))
+
+    def before(self, d: int, t: Tensor, first: Tensor | None) -> Tensor:
+        """[N, W] -> of each pair what ``t`` holds of its row's step before in direction d, and ``first``
+        [B, W], or 0, where that is none. Of a pair that does not run it means nothing.
+        """
+        width = t.shape[1]
+        if first is None:
+            first = t.new_zeros(self.B, width)
+        found = self.late(d, t, first)
         if d == 1 and self.lengths is not None:
-            later = torch.arange(1, self.T + 1, device=y.device)[:, None]
+            later = torch.arange(1, self.T + 1, device=t.device)[:, None]
             begins = (later >= self.lengths)[..., None]
-            h_prev = torch.where(begins, first, h_prev.view(self.T, self.B, self.H)).flatten(0, 1)
-        return h_prev
+            found = torch.where(begins, first, found.view(self.T, self.B, width)).flatten(0, 1)
+        return found
+
+    def cut(self, d: int, t: Tensor) -> Tensor:
+        """[N, W] with 0 at the pairs before which direction d clears its state."""
+        if self.reset is None:
+            return t
+        clear = self.reset.view(-1, 1)
+        return t.masked_fill(clear if d == 0 else self.before(1, clear, None), 0)
 
 
 def forward(
