@@ -1,0 +1,143 @@
+// Through the shared memory of a cluster: one word to and fro, and the all-gather of h that a step of a recurrence
+// spread over a cluster ends with. By st.async or (kBulk) by cp.async.bulk; both complete on the receiver's mbarrier.
+#pragma once
+
+#include <common/async_copy.cuh>
+#include <common/barrier.cuh>
+#include <common/cluster.cuh>
+#include <common/launch.cuh>
+#include <common/mbarrier.cuh>
+#include <common/memory.cuh>
+#include <common/mma.cuh>
+
+#include "stopwatch.cuh"
+
+namespace sora {
+namespace micro {
+
+struct PingPongShared {
+  alignas(16) uint32_t slot[4];
+  alignas(16) uint32_t mine[4];  // what a bulk copy reads
+  alignas(8) Mbarrier full;
+};
+// The first and the last CTA of one cluster. Each adds 1 to what it gets: out [CTAs]: 2 rounds, .., 2 rounds - 1.
+template <bool kBulk>
+SORA_KERNEL(32, 1)
+ping_pong_kernel(int rounds, Buffers to) {
+  constexpr unsigned kBytes = kBulk ? 16 : 4;
+  PingPongShared& s = shared_memory<PingPongShared>();
+  const unsigned rank = cluster_rank(), last = cluster_size() - 1;
+  const uint32_t full = shared_address(&s.full);
+  if (lane() == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+  }
+  sync_warp();
+  cluster_sync();
+  if (lane() == 0 && (rank == 0 || rank == last)) {
+    const unsigned peer = rank == 0 ? last : 0;
+    const uint32_t there = map_to_rank(shared_address(s.slot), peer), signal = map_to_rank(full, peer);
+    uint32_t value = 0;
+    Stopwatch watch;
+    watch.start();
+    for (int round = 0; round < rounds; ++round) {
+      mbarrier_arrive_expect_tx(full, kBytes);
+      if (rank != 0) {
+        mbarrier_wait_shared(full, unsigned(round) & 1u);
+        value = s.slot[0] + 1;
+      }
+      if (kBulk) {
+        s.mine[0] = value;
+        fence_proxy_async();
+        cp_async_bulk_shared_to_cluster(there, shared_address(s.mine), kBytes, signal);
+      } else {
+        st_async(there, value, signal);
+      }
+      if (rank == 0) {
+        mbarrier_wait_shared(full, unsigned(round) & 1u);
+        value = s.slot[0] + 1;
+      }
+    }
+    watch.stop(to.stamps);
+    to.out[block_index().x] = value;
+  }
+  sync_warp();
+  cluster_sync();  // a copy may still read this CTA's memory
+}
+
+constexpr unsigned kGatherThreads = 256;
+constexpr unsigned kMostWords = 2048;  // of h: 512 units of 8 rows, 16 bits each
+constexpr unsigned kPeersOfThread = 2;
+struct AllGatherShared {
+  alignas(16) uint32_t h[2][kMostWords];
+  alignas(16) uint32_t mine[2][kMostWords];
+  alignas(8) Mbarrier full[2];
+};
+// h is CTAs slices of slice_bytes. Each round a CTA sends its neighbour's slice, every word plus 1, as its own to all.
+// As in a recurrence, one wait a round: who has all of h knows that all threads that send have read the h before.
+// out [CTAs, CTAs, slice_bytes / 4]: 1000 times the rank `rounds` further on, plus the word, plus rounds.
+// slice_bytes: a multiple of 16, with cluster_size() <= 2 (256 / (slice_bytes / 16)).
+template <bool kBulk>
+SORA_KERNEL(kGatherThreads, 1)
+all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
+  AllGatherShared& s = shared_memory<AllGatherShared>();
+  const unsigned i = thread_index().x, rank = cluster_rank(), size = cluster_size();
+  const unsigned vectors = unsigned(slice_bytes) / 16, words = 4 * vectors, at_once = kGatherThreads / vectors;
+  const unsigned vector = i % vectors, first_peer = i / vectors, from = (rank + 1) % size * words + 4 * vector;
+  constexpr unsigned kBuffer = sizeof(s.h[0]);
+  if (i == 0) {
+    mbarrier_init(shared_address(&s.full[0]), 1);
+    mbarrier_init(shared_address(&s.full[1]), 1);
+    fence_mbarrier_init();
+  }
+  for (unsigned w = i; w < size * words; w += kGatherThreads) s.h[0][w] = 1000 * (w / words) + w % words;
+  sync_warp();
+  cluster_sync();
+
+  const bool sends = kBulk ? i < size : first_peer < at_once && first_peer < size;
+  const bool reads = kBulk ? i < vectors : sends;
+  uint32_t there[kPeersOfThread], signal[kPeersOfThread];
+  SORA_UNROLL for (unsigned p = 0; p < kPeersOfThread; ++p) {
+    const unsigned peer = (kBulk ? i : first_peer + p * at_once) % size;
+    const unsigned word = rank * words + (kBulk ? 0 : 4 * vector);
+    there[p] = map_to_rank(shared_address(&s.h[0][word]), peer);
+    signal[p] = map_to_rank(shared_address(&s.full[0]), peer);
+  }
+  const bool sends_twice = sends && first_peer + at_once < size;
+  Stopwatch watch;
+  watch.start();
+  if (kBulk || sends) {  // who does not send must not wait: nobody would wait for it, and phases would pass it by
+    for (int round = 0; round < rounds; ++round) {
+      const unsigned now = unsigned(round) & 1u, next = now ^ 1u;
+      const uint32_t full = shared_address(&s.full[next]);
+      if (i == 0) mbarrier_arrive_expect_tx(full, size * words * 4);
+      U32x4 v{};
+      if (reads) {
+        v = load<U32x4>(&s.h[now][from]);
+        v = {v.x + 1, v.y + 1, v.z + 1, v.w + 1};
+      }
+      if (kBulk) {
+        if (reads) {
+          store(&s.mine[next][4 * vector], v);
+          fence_proxy_async();
+        }
+        sync_block();
+        if (sends)
+          cp_async_bulk_shared_to_cluster(there[0] + next * kBuffer, shared_address(s.mine[next]), words * 4,
+                                          signal[0] + next * unsigned(sizeof(Mbarrier)));
+      } else {
+        st_async(there[0] + next * kBuffer, v, signal[0] + next * unsigned(sizeof(Mbarrier)));
+        if (sends_twice) st_async(there[1] + next * kBuffer, v, signal[1] + next * unsigned(sizeof(Mbarrier)));
+      }
+      mbarrier_wait_shared(full, unsigned(round >> 1) & 1u);
+    }
+  }
+  watch.stop(to.stamps);
+  sync_warp();
+  cluster_sync();
+  for (unsigned w = i; w < size * words; w += kGatherThreads)
+    to.out[block_index().x * size * words + w] = s.h[rounds & 1][w];
+}
+
+}  // namespace micro
+}  // namespace sora
