@@ -70,11 +70,12 @@ constexpr unsigned kMostWords = 2048;  // of h: 512 units of 8 rows, 16 bits eac
 constexpr unsigned kPeersOfThread = 2;
 struct AllGatherShared {
   alignas(16) uint32_t h[2][kMostWords];
-  alignas(16) uint32_t mine[2][kMostWords];
+  alignas(16) uint32_t mine[2][kMostWords / 2];  // a slice
   alignas(8) Mbarrier full[2];
 };
-// h is CTAs slices of slice_bytes. Each round a CTA sends its neighbour's slice, every word plus 1, as its own to all.
-// As in a recurrence, one wait a round: who has all of h knows that all threads that send have read the h before.
+// h is CTAs slices of slice_bytes. Each round a CTA makes its own slice of its neighbour's, every word plus 1, and sends
+// it to all. One wait a round: who has all of h knows that every CTA has read the h before, if there is a barrier in
+// each CTA between reading h and sending: a thread sends to some CTAs only, and says nothing of its CTA's other threads.
 // out [CTAs, CTAs, slice_bytes / 4]: 1000 times the rank `rounds` further on, plus the word, plus rounds.
 // slice_bytes: a multiple of 16, with cluster_size() <= 2 (256 / (slice_bytes / 16)).
 template <bool kBulk>
@@ -83,8 +84,7 @@ all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
   AllGatherShared& s = shared_memory<AllGatherShared>();
   const unsigned i = thread_index().x, rank = cluster_rank(), size = cluster_size();
   const unsigned vectors = unsigned(slice_bytes) / 16, words = 4 * vectors, at_once = kGatherThreads / vectors;
-  const unsigned vector = i % vectors, first_peer = i / vectors, from = (rank + 1) % size * words + 4 * vector;
-  constexpr unsigned kBuffer = sizeof(s.h[0]);
+  const unsigned vector = i % vectors, first_peer = i / vectors;
   if (i == 0) {
     mbarrier_init(shared_address(&s.full[0]), 1);
     mbarrier_init(shared_address(&s.full[1]), 1);
@@ -94,47 +94,40 @@ all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
   sync_warp();
   cluster_sync();
 
-  const bool sends = kBulk ? i < size : first_peer < at_once && first_peer < size;
-  const bool reads = kBulk ? i < vectors : sends;
+  bool sends[kPeersOfThread];
   uint32_t there[kPeersOfThread], signal[kPeersOfThread];
   SORA_UNROLL for (unsigned p = 0; p < kPeersOfThread; ++p) {
-    const unsigned peer = (kBulk ? i : first_peer + p * at_once) % size;
-    const unsigned word = rank * words + (kBulk ? 0 : 4 * vector);
-    there[p] = map_to_rank(shared_address(&s.h[0][word]), peer);
-    signal[p] = map_to_rank(shared_address(&s.full[0]), peer);
+    const unsigned peer = kBulk ? i + p * kGatherThreads : first_peer + p * at_once;
+    sends[p] = peer < size && (kBulk || first_peer < at_once);
+    there[p] = map_to_rank(shared_address(&s.h[0][rank * words + (kBulk ? 0 : 4 * vector)]), peer % size);
+    signal[p] = map_to_rank(shared_address(&s.full[0]), peer % size);
   }
-  const bool sends_twice = sends && first_peer + at_once < size;
   Stopwatch watch;
   watch.start();
-  if (kBulk || sends) {  // who does not send must not wait: nobody would wait for it, and phases would pass it by
-    for (int round = 0; round < rounds; ++round) {
-      const unsigned now = unsigned(round) & 1u, next = now ^ 1u;
-      const uint32_t full = shared_address(&s.full[next]);
-      if (i == 0) mbarrier_arrive_expect_tx(full, size * words * 4);
-      U32x4 v{};
-      if (reads) {
-        v = load<U32x4>(&s.h[now][from]);
-        v = {v.x + 1, v.y + 1, v.z + 1, v.w + 1};
-      }
-      if (kBulk) {
-        if (reads) {
-          store(&s.mine[next][4 * vector], v);
-          fence_proxy_async();
-        }
-        sync_block();
-        if (sends)
-          cp_async_bulk_shared_to_cluster(there[0] + next * kBuffer, shared_address(s.mine[next]), words * 4,
-                                          signal[0] + next * unsigned(sizeof(Mbarrier)));
-      } else {
-        st_async(there[0] + next * kBuffer, v, signal[0] + next * unsigned(sizeof(Mbarrier)));
-        if (sends_twice) st_async(there[1] + next * kBuffer, v, signal[1] + next * unsigned(sizeof(Mbarrier)));
-      }
-      mbarrier_wait_shared(full, unsigned(round >> 1) & 1u);
+  for (int round = 0; round < rounds; ++round) {
+    const unsigned now = unsigned(round) & 1u, next = now ^ 1u;
+    const uint32_t full = shared_address(&s.full[next]);
+    if (i == 0) mbarrier_arrive_expect_tx(full, size * words * 4);
+    if (i < vectors) {
+      const auto h = load<U32x4>(&s.h[now][(rank + 1) % size * words + 4 * i]);
+      store(&s.mine[next][4 * i], U32x4{h.x + 1, h.y + 1, h.z + 1, h.w + 1});
+      if (kBulk) fence_proxy_async();
     }
+    sync_block();
+    const unsigned offset = next * unsigned(sizeof(s.h[0])), signal_offset = next * unsigned(sizeof(Mbarrier));
+    SORA_UNROLL for (unsigned p = 0; p < kPeersOfThread; ++p) {
+      if (!sends[p]) continue;
+      if (kBulk)
+        cp_async_bulk_shared_to_cluster(there[p] + offset, shared_address(s.mine[next]), words * 4,
+                                        signal[p] + signal_offset);
+      else
+        st_async(there[p] + offset, load<U32x4>(&s.mine[next][4 * vector]), signal[p] + signal_offset);
+    }
+    mbarrier_wait_shared(full, unsigned(round >> 1) & 1u);
   }
   watch.stop(to.stamps);
   sync_warp();
-  cluster_sync();
+  cluster_sync();  // a copy may still read this CTA's memory
   for (unsigned w = i; w < size * words; w += kGatherThreads)
     to.out[block_index().x * size * words + w] = s.h[rounds & 1][w];
 }

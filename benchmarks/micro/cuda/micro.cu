@@ -91,7 +91,8 @@ int micro_products(int tf32, int chains, int tiles, int warps, int rounds, uint6
                    uint32_t* scratch, void* stream) {
   const auto kernel = tf32 ? products_kernel_of<float>(chains, tiles) : products_kernel_of<BFloat16>(chains, tiles);
   if (!kernel) return kInvalidValue;
-  return launch_kernel(kernel, {{1}, {32 * unsigned(warps)}}, stream, rounds, Buffers{stamps, out, scratch});
+  const size_t shared_bytes = tiles == 32 ? sizeof(ProductsShared<32>) : sizeof(ProductsShared<16>);
+  return launch_kernel(kernel, {{1}, {32 * unsigned(warps)}, shared_bytes}, stream, rounds, Buffers{stamps, out, scratch});
 }
 
 #if !defined(SORA_HOST_EMULATION)
