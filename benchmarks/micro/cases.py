@@ -26,6 +26,7 @@ PRODUCT = (4.0, 6.4)
 PRODUCT_LATENCY = 32.5
 LAUNCH_US = {"events": (2.0, 2.5), "graph": (1.2, 1.5)}
 
+CLUSTER_BARRIERS = ("relaxed", "ordered", "exchange")
 EVERY_CLUSTER = (2, 4, 8, 16)
 # H, CTAs: a CTA has H / CTAs units of 8 rows, 16 bits each.
 GATHERED = ((256, 4), (256, 8), (384, 8), (512, 8), (256, 16), (512, 16))
@@ -68,10 +69,10 @@ def all_cases(sms: int) -> list[Case]:
     """Every case of a GPU with ``sms`` multiprocessors; the cheap and most telling first."""
     grids = sorted({ctas for ctas in (2, 4, 8, 16, 32, 64, 128, sms) if ctas <= sms})
     flags = [ctas for ctas in grids if ctas <= 128]
-    pairs = [(exchange, size) for exchange in (False, True) for size in EVERY_CLUSTER]
+    pairs = [(bulk, size) for bulk in (False, True) for size in EVERY_CLUSTER]
     return [
         *(block_barrier(e, warps) for e in (False, True) for warps in (2, 4, 8, 16)),
-        *(cluster_barrier(exchange, size) for exchange, size in pairs),
+        *(cluster_barrier(kind, size) for kind in CLUSTER_BARRIERS for size in EVERY_CLUSTER),
         *(ping_pong(bulk, size) for bulk, size in pairs),
         *(all_gather(bulk, h, ctas) for bulk in (False, True) for h, ctas in GATHERED),
         *(l2_flags(e, True, ctas) for e in (False, True) for ctas in flags),
@@ -102,17 +103,19 @@ def block_barrier(exchange: bool, warps: int) -> Case:
     )
 
 
-def cluster_barrier(exchange: bool, size: int) -> Case:
+def cluster_barrier(kind: str, size: int) -> Case:
     rank, i = torch.arange(size)[:, None], torch.arange(256)
 
     def expected(rounds: int) -> torch.Tensor:
-        return 256 * ((rank - rounds) % size) + i + rounds if exchange else 256 * rank + i
+        if kind != "exchange":
+            return 256 * rank + i
+        return 256 * ((rank - rounds) % size) + i + rounds
 
     return Case(
         "cluster barrier",
-        {"exchange": exchange, "cluster": size},
+        {"kind": kind, "cluster": size},
         "micro_cluster_barrier",
-        (int(exchange), size),
+        (CLUSTER_BARRIERS.index(kind), size),
         ctas=size,
         warps=8,
         out_words=size * 256,

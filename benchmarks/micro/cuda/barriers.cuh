@@ -40,10 +40,13 @@ block_barrier_kernel(int rounds, Buffers to) {
 struct ClusterShared {
   uint32_t value[2][kThreads];
 };
+// kRelaxed: without order; a release waits for stores to global memory too, and an acquire empties the L1.
+enum class ClusterBarrier { kRelaxed, kOrdered, kExchange };
 // out [CTAs, threads]: kExchange: kThreads times the rank `rounds` CTAs back, plus the thread, plus rounds.
-template <bool kExchange>
+template <ClusterBarrier kKind>
 SORA_KERNEL(kThreads, 1)
 cluster_barrier_kernel(int rounds, Buffers to) {
+  constexpr bool kExchange = kKind == ClusterBarrier::kExchange;
   ClusterShared& s = shared_memory<ClusterShared>();
   const unsigned i = thread_index().x, rank = cluster_rank(), next = (rank + 1) % cluster_size();
   const uint32_t there = map_to_rank(shared_address(&s.value[0][i]), next);
@@ -54,7 +57,10 @@ cluster_barrier_kernel(int rounds, Buffers to) {
   for (int round = 0; round < rounds; ++round) {
     const unsigned buffer = unsigned(round) & 1u;
     if (kExchange) store_cluster(there + buffer * unsigned(sizeof(s.value[0])), value);
-    cluster_arrive();
+    if (kKind == ClusterBarrier::kRelaxed)
+      cluster_arrive_relaxed();
+    else
+      cluster_arrive();
     cluster_wait();
     if (kExchange) value = s.value[buffer][i] + 1;
   }

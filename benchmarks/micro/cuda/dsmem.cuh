@@ -97,8 +97,8 @@ all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
   bool sends[kPeersOfThread];
   uint32_t there[kPeersOfThread], signal[kPeersOfThread];
   SORA_UNROLL for (unsigned p = 0; p < kPeersOfThread; ++p) {
-    const unsigned peer = kBulk ? i + p * kGatherThreads : first_peer + p * at_once;
-    sends[p] = peer < size && (kBulk || first_peer < at_once);
+    const unsigned peer = kBulk ? warp() + p * (kGatherThreads / 32) : first_peer + p * at_once;
+    sends[p] = peer < size && (kBulk ? lane() == 0 : first_peer < at_once);  // lanes issue bulk copies one by one
     there[p] = map_to_rank(shared_address(&s.h[0][rank * words + (kBulk ? 0 : 4 * vector)]), peer % size);
     signal[p] = map_to_rank(shared_address(&s.full[0]), peer % size);
   }

@@ -49,9 +49,11 @@ int micro_block_barrier(int exchange, int warps, int rounds, uint64_t* stamps, u
   return launch_kernel(kernel, config, stream, rounds, Buffers{stamps, out, scratch});
 }
 
-int micro_cluster_barrier(int exchange, int size, int rounds, uint64_t* stamps, uint32_t* out, uint32_t* scratch,
+int micro_cluster_barrier(int kind, int size, int rounds, uint64_t* stamps, uint32_t* out, uint32_t* scratch,
                           void* stream) {
-  const auto kernel = exchange ? cluster_barrier_kernel<true> : cluster_barrier_kernel<false>;
+  const auto kernel = kind == 0   ? cluster_barrier_kernel<ClusterBarrier::kRelaxed>
+                      : kind == 1 ? cluster_barrier_kernel<ClusterBarrier::kOrdered>
+                                  : cluster_barrier_kernel<ClusterBarrier::kExchange>;
   return launch_kernel(kernel, one_cluster(size, kThreads, sizeof(ClusterShared)), stream, rounds,
                        Buffers{stamps, out, scratch});
 }
