@@ -160,7 +160,7 @@ def ping_pong(bulk: bool, size: int) -> Case:
     )
 
 
-def all_gather(bulk: bool, hidden: int, size: int) -> Case:
+def all_gather(bulk: bool, hidden: int, size: int, warps: int = 8) -> Case:
     slice_bytes = hidden // size * 8 * 2
     words = slice_bytes // 4
     rank, word = torch.arange(size)[:, None], torch.arange(words)
@@ -174,9 +174,9 @@ def all_gather(bulk: bool, hidden: int, size: int) -> Case:
         "DSMEM all-gather",
         {"by": _sent_by(bulk), "hidden": hidden, "cluster": size, "slice_bytes": slice_bytes},
         "micro_all_gather",
-        (int(bulk), size, slice_bytes),
+        (int(bulk), size, slice_bytes, warps),
         ctas=size,
-        warps=8,
+        warps=warps,
         out_words=size * size * words,
         expected=expected,
         predicted_ns=_nanoseconds((ALL_GATHER[0], max(ALL_GATHER[1], arriving))),

@@ -62,12 +62,19 @@ ping_pong_kernel(int rounds, Buffers to) {
     to.out[block_index().x] = value;
   }
   sync_warp();
-  cluster_sync();  // a copy may still read this CTA's memory
+  cluster_arrive_relaxed();
+  cluster_wait();  // a copy may still read this CTA's memory
 }
 
-constexpr unsigned kGatherThreads = 256;
+constexpr unsigned kMostGatherThreads = 256;
 constexpr unsigned kMostWords = 2048;  // of h: 512 units of 8 rows, 16 bits each
 constexpr unsigned kPeersOfThread = 2;
+constexpr bool gather_reaches_all(unsigned size, unsigned slice_bytes, unsigned threads) {
+  const unsigned vectors = slice_bytes / 16;
+  return slice_bytes % 16 == 0 && vectors > 0 && vectors <= threads && size * vectors * 4 <= kMostWords &&
+         vectors * 4 <= kMostWords / 2 && size <= kPeersOfThread * (threads / vectors) &&
+         size <= kPeersOfThread * (threads / 32);
+}
 struct AllGatherShared {
   alignas(16) uint32_t h[2][kMostWords];
   alignas(16) uint32_t mine[2][kMostWords / 2];  // a slice
@@ -77,27 +84,27 @@ struct AllGatherShared {
 // it to all. One wait a round: who has all of h knows that every CTA has read the h before, if there is a barrier in
 // each CTA between reading h and sending: a thread sends to some CTAs only, and says nothing of its CTA's other threads.
 // out [CTAs, CTAs, slice_bytes / 4]: 1000 times the rank `rounds` further on, plus the word, plus rounds.
-// slice_bytes: a multiple of 16, with cluster_size() <= 2 (256 / (slice_bytes / 16)).
+// slice_bytes: a multiple of 16. A thread sends to kPeersOfThread CTAs at most: gather_reaches_all.
 template <bool kBulk>
-SORA_KERNEL(kGatherThreads, 1)
+SORA_KERNEL(kMostGatherThreads, 1)
 all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
   AllGatherShared& s = shared_memory<AllGatherShared>();
-  const unsigned i = thread_index().x, rank = cluster_rank(), size = cluster_size();
-  const unsigned vectors = unsigned(slice_bytes) / 16, words = 4 * vectors, at_once = kGatherThreads / vectors;
+  const unsigned i = thread_index().x, threads = block_size().x, rank = cluster_rank(), size = cluster_size();
+  const unsigned vectors = unsigned(slice_bytes) / 16, words = 4 * vectors, at_once = threads / vectors;
   const unsigned vector = i % vectors, first_peer = i / vectors;
   if (i == 0) {
     mbarrier_init(shared_address(&s.full[0]), 1);
     mbarrier_init(shared_address(&s.full[1]), 1);
     fence_mbarrier_init();
   }
-  for (unsigned w = i; w < size * words; w += kGatherThreads) s.h[0][w] = 1000 * (w / words) + w % words;
+  for (unsigned w = i; w < size * words; w += threads) s.h[0][w] = 1000 * (w / words) + w % words;
   sync_warp();
   cluster_sync();
 
   bool sends[kPeersOfThread];
   uint32_t there[kPeersOfThread], signal[kPeersOfThread];
   SORA_UNROLL for (unsigned p = 0; p < kPeersOfThread; ++p) {
-    const unsigned peer = kBulk ? warp() + p * (kGatherThreads / 32) : first_peer + p * at_once;
+    const unsigned peer = kBulk ? warp() + p * (threads / 32) : first_peer + p * at_once;
     sends[p] = peer < size && (kBulk ? lane() == 0 : first_peer < at_once);  // lanes issue bulk copies one by one
     there[p] = map_to_rank(shared_address(&s.h[0][rank * words + (kBulk ? 0 : 4 * vector)]), peer % size);
     signal[p] = map_to_rank(shared_address(&s.full[0]), peer % size);
@@ -127,8 +134,9 @@ all_gather_kernel(int slice_bytes, int rounds, Buffers to) {
   }
   watch.stop(to.stamps);
   sync_warp();
-  cluster_sync();  // a copy may still read this CTA's memory
-  for (unsigned w = i; w < size * words; w += kGatherThreads)
+  cluster_arrive_relaxed();
+  cluster_wait();  // a copy may still read this CTA's memory
+  for (unsigned w = i; w < size * words; w += threads)
     to.out[block_index().x * size * words + w] = s.h[rounds & 1][w];
 }
 

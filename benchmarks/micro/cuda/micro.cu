@@ -70,14 +70,13 @@ int micro_ping_pong(int bulk, int size, int rounds, uint64_t* stamps, uint32_t* 
                        Buffers{stamps, out, scratch});
 }
 
-int micro_all_gather(int bulk, int size, int slice_bytes, int rounds, uint64_t* stamps, uint32_t* out,
+int micro_all_gather(int bulk, int size, int slice_bytes, int warps, int rounds, uint64_t* stamps, uint32_t* out,
                      uint32_t* scratch, void* stream) {
-  const unsigned vectors = unsigned(slice_bytes) / 16;
-  if (slice_bytes % 16 || vectors == 0 || vectors > kGatherThreads || size * vectors * 4 > kMostWords ||
-      unsigned(size) > kPeersOfThread * (kGatherThreads / vectors))
+  const unsigned threads = 32 * unsigned(warps);
+  if (threads > kMostGatherThreads || !gather_reaches_all(unsigned(size), unsigned(slice_bytes), threads))
     return kInvalidValue;
   const auto kernel = bulk ? all_gather_kernel<true> : all_gather_kernel<false>;
-  return launch_kernel(kernel, one_cluster(size, kGatherThreads, sizeof(AllGatherShared)), stream, slice_bytes, rounds,
+  return launch_kernel(kernel, one_cluster(size, threads, sizeof(AllGatherShared)), stream, slice_bytes, rounds,
                        Buffers{stamps, out, scratch});
 }
 
