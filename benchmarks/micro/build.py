@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -27,7 +28,7 @@ def library(capability: tuple[int, int]) -> Path:
     """The library for a GPU of this compute capability.
 
     Raises:
-        CannotBuild: there is no nvcc, or it fails.
+        CannotBuild: there is no nvcc, it fails, or the folder cannot be written.
     """
     nvcc = find_nvcc()
     arch = arch_of(capability)
@@ -36,11 +37,14 @@ def library(capability: tuple[int, int]) -> Path:
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     found = CACHE / f"micro-sm_{arch}-{key}.so"
     if not found.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = Path(folder, found.name)
-            compile_for(arch, made, "-shared", "-Xcompiler=-fPIC")
-            made.rename(found)
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder, found.name)
+                compile_for(arch, made, "-shared", "-Xcompiler=-fPIC")
+                made.rename(found)
+        except OSError as why:
+            raise CannotBuild(f"cannot write to {CACHE}: {why}") from why
     return found
 
 
@@ -62,7 +66,7 @@ def compile_for(arch: str, target: Path, *flags: str) -> str:
 
 
 @functools.cache
-def find_nvcc():
+def find_nvcc() -> Any:
     toolchain = runpy.run_path(str(CSRC / "toolchain.py"))
     found = toolchain["find_nvcc"]()
     if isinstance(found, toolchain["Missing"]):

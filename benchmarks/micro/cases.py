@@ -24,6 +24,7 @@ L2_BYTES_PER_CYCLE = 26
 # TF32 has half the rate for half the work. A product that waits for the one before: 8 in a row take about 260.
 PRODUCT = (4.0, 6.4)
 PRODUCT_LATENCY = 32.5
+CLUSTERS_OF_16 = (7, 8)
 LAUNCH_US = {"events": (2.0, 2.5), "graph": (1.2, 1.5)}
 
 CLUSTER_BARRIERS = ("relaxed", "ordered", "exchange")

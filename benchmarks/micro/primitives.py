@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,10 +73,16 @@ def rows_of_processes(command: Callable[[int], Sequence[str]]) -> Iterator[Row]:
             if process.returncode == 0:
                 return
             errors.seek(0)
-            said = errors.read().strip().splitlines()
-        yield begun | {"error": said[-1] if said else f"exit status {process.returncode}"}
+            said = errors.read()
+        yield begun | {"error": _last_error(said) or f"exit status {process.returncode}"}
         first += 1
     yield {"error": f"given up after {MOST_FAILURES} failures"}
+
+
+def _last_error(said: str) -> str:
+    """The line that names the error: torch adds advice after it."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.match(r"\S.*[Ee]rror: ", line)), "")
 
 
 def print_rows(first: int) -> None:
@@ -111,9 +118,10 @@ def active_clusters(device: measure.Gpu, plan: str, size: int) -> Row:
     row: Row = {
         "name": "clusters at once",
         "parameters": {"weights": plan, "shared_bytes": bytes_, "cluster": size},
-        "predicted": [7, 8] if size == 16 else None,
+        "predicted": cases.CLUSTERS_OF_16 if size == 16 else None,
+        "clusters": clusters.value,
     }
-    return row | ({"error": f"CUDA error {error}"} if error else {"clusters": clusters.value})
+    return row | ({"refused": f"CUDA error {error}"} if error else {})
 
 
 def summary(found: Sequence[Row]) -> str:

@@ -110,7 +110,7 @@ for number in range(int(sys.argv[2]), 6):
     row = {"name": f"case {number}"}
     print(json.dumps({"case": number, "row": row}), flush=True)
     if number in fatal:
-        sys.exit("CUDA error: unspecified launch failure")
+        sys.exit("Traceback:\\n  what\\nCUDA error: unspecified launch failure\\nCompile with `A` to see more.")
     print(json.dumps({"case": number, "row": row | {"ns": number}, "done": True}), flush=True)
 """
 

@@ -13,14 +13,15 @@
 namespace sora {
 namespace micro {
 
-constexpr unsigned kBlockThreads = 512, kThreads = 256;  // the most of a CTA here; of a CTA everywhere else
+constexpr unsigned kMostBlockThreads = 512;
+constexpr unsigned kThreads = 256;  // of a CTA, where several meet
 
 struct BlockShared {
-  uint32_t value[2][kBlockThreads];
+  uint32_t value[2][kMostBlockThreads];
 };
 // out [threads]: kExchange: the number of a thread `rounds` warps on, plus rounds.
 template <bool kExchange>
-SORA_KERNEL(kBlockThreads, 1)
+SORA_KERNEL(kMostBlockThreads, 1)
 block_barrier_kernel(int rounds, Buffers to) {
   BlockShared& s = shared_memory<BlockShared>();
   const unsigned i = thread_index().x, threads = block_size().x, next = (i + 32) % threads;

@@ -69,22 +69,21 @@ ping_pong_kernel(int rounds, Buffers to) {
 constexpr unsigned kMostGatherThreads = 256;
 constexpr unsigned kMostWords = 2048;  // of h: 512 units of 8 rows, 16 bits each
 constexpr unsigned kPeersOfThread = 2;
-constexpr bool gather_reaches_all(unsigned size, unsigned slice_bytes, unsigned threads) {
-  const unsigned vectors = slice_bytes / 16;
-  return slice_bytes % 16 == 0 && vectors > 0 && vectors <= threads && size * vectors * 4 <= kMostWords &&
-         vectors * 4 <= kMostWords / 2 && size <= kPeersOfThread * (threads / vectors) &&
-         size <= kPeersOfThread * (threads / 32);
-}
 struct AllGatherShared {
   alignas(16) uint32_t h[2][kMostWords];
   alignas(16) uint32_t mine[2][kMostWords / 2];  // a slice
   alignas(8) Mbarrier full[2];
 };
-// h is CTAs slices of slice_bytes. Each round a CTA makes its own slice of its neighbour's, every word plus 1, and sends
-// it to all. One wait a round: who has all of h knows that every CTA has read the h before, if there is a barrier in
-// each CTA between reading h and sending: a thread sends to some CTAs only, and says nothing of its CTA's other threads.
+constexpr bool all_gather_takes(unsigned size, unsigned slice_bytes, unsigned threads) {
+  const unsigned vectors = slice_bytes / 16;
+  if (slice_bytes % 16 || vectors == 0 || vectors > threads || threads > kMostGatherThreads) return false;
+  if (vectors * 4 > kMostWords / 2 || size * vectors * 4 > kMostWords) return false;
+  return size <= kPeersOfThread * (threads / vectors) && size <= kPeersOfThread * (threads / 32);
+}
+// h is CTAs slices of slice_bytes. Each round a CTA makes its own slice of its neighbour's, every word plus 1, and
+// sends it to all. One wait a round: who has all of h knows that every CTA has read the h before. That needs a barrier
+// in each CTA between reading h and sending, for a thread sends to some CTAs only: to the others its reads are unknown.
 // out [CTAs, CTAs, slice_bytes / 4]: 1000 times the rank `rounds` further on, plus the word, plus rounds.
-// slice_bytes: a multiple of 16. A thread sends to kPeersOfThread CTAs at most: gather_reaches_all.
 template <bool kBulk>
 SORA_KERNEL(kMostGatherThreads, 1)
 all_gather_kernel(int slice_bytes, int rounds, Buffers to) {

@@ -73,8 +73,7 @@ int micro_ping_pong(int bulk, int size, int rounds, uint64_t* stamps, uint32_t* 
 int micro_all_gather(int bulk, int size, int slice_bytes, int warps, int rounds, uint64_t* stamps, uint32_t* out,
                      uint32_t* scratch, void* stream) {
   const unsigned threads = 32 * unsigned(warps);
-  if (threads > kMostGatherThreads || !gather_reaches_all(unsigned(size), unsigned(slice_bytes), threads))
-    return kInvalidValue;
+  if (!all_gather_takes(unsigned(size), unsigned(slice_bytes), threads)) return kInvalidValue;
   const auto kernel = bulk ? all_gather_kernel<true> : all_gather_kernel<false>;
   return launch_kernel(kernel, one_cluster(size, threads, sizeof(AllGatherShared)), stream, slice_bytes, rounds,
                        Buffers{stamps, out, scratch});
@@ -93,7 +92,8 @@ int micro_products(int tf32, int chains, int tiles, int warps, int rounds, uint6
   const auto kernel = tf32 ? products_kernel_of<float>(chains, tiles) : products_kernel_of<BFloat16>(chains, tiles);
   if (!kernel) return kInvalidValue;
   const size_t shared_bytes = tiles == 32 ? sizeof(ProductsShared<32>) : sizeof(ProductsShared<16>);
-  return launch_kernel(kernel, {{1}, {32 * unsigned(warps)}, shared_bytes}, stream, rounds, Buffers{stamps, out, scratch});
+  const LaunchConfig config{{1}, {32 * unsigned(warps)}, shared_bytes};
+  return launch_kernel(kernel, config, stream, rounds, Buffers{stamps, out, scratch});
 }
 
 #if !defined(SORA_HOST_EMULATION)
