@@ -9,7 +9,7 @@
 #   2  compute-sanitizer (memcheck, racecheck) on the CUDA LSTM tests
 #   3  every 8-warp Triton config against the shipped one
 #   4  stock baselines and our rows -> JSON
-#   5  what the machine itself can do: copies, products, launches
+#   5  what the machine itself can do: copies, products, launches, what a recurrent step is made of
 # GPU stages run one after another, the most telling first: 1 3 2 4 5. A stage that fails or runs out of time
 # stops nothing: what it had written is packed, and the table at the end says so.
 set -uo pipefail
@@ -211,7 +211,7 @@ background=""
 if wanted 0; then
   # Timings want a quiet machine: the tests end before stages 4 and 5 begin.
   limit=$(left)
-  if wanted 4 || wanted 5; then limit=$((limit - 200)); fi
+  if wanted 4 || wanted 5; then limit=$((limit - 215)); fi
   [ "$limit" -gt 300 ] && limit=300
   if [ $dry = 1 ]; then stage 0 "$limit" stage0; else stage 0 "$limit" stage0 & background=$!; fi
 fi
@@ -223,7 +223,7 @@ if [ -n "$background" ]; then
   collect 0
 fi
 foreground 4 160 stage4
-foreground 5 45 stage5
+foreground 5 60 stage5
 
 [ $dry = 1 ] && exit 0
 printf '\nstage  outcome       time  last line\n%s' "$summary" | tee "$out/summary.txt"

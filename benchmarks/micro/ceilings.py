@@ -1,19 +1,26 @@
-"""What the machine itself does: copies, matrix products, launches. ``python -m benchmarks.micro``.
-
-The ceilings behind every ``roofline_share``, and the floor under short calls.
-"""
+"""Copies, matrix products, launches: the ceilings behind every ``roofline_share``, and the floor under short calls."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from . import machine, roofline, timers
+from .. import roofline, timers
+from . import cases
+
+
+def report(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "copy_gb_per_s": copies(device),
+        "product_tflop_per_s": products(device),
+        "launch_us": launches(device),
+    }
+    if device == "cuda":
+        found["launch_us_predicted"] = cases.LAUNCH_US
+    return found
 
 
 def copies(device: str) -> dict[str, float]:
@@ -56,30 +63,3 @@ def launches(device: str) -> dict[str, float]:
         found["events"] = statistics.median(events(call, 1) for _ in range(30))
         found["graph"] = statistics.median(timers.replay(graph, 1) for _ in range(30))
     return {name: round(seconds * 1e6, 2) for name, seconds in found.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="file to write")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {
-        "machine": {**machine.hardware(), "threads": options.threads, "slug": machine.slug()},
-        "versions": machine.versions(),
-    }
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        report[device] = {
-            "copy_gb_per_s": copies(device),
-            "product_tflop_per_s": products(device),
-            "launch_us": launches(device),
-        }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.json:
-        with open(options.json, "w") as file:
-            file.write(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
