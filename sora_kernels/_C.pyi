@@ -123,6 +123,18 @@ class LstmBackwardSteps:
     ) -> None: ...
     def __call__(self, t: int, dh_next: int) -> None: ...
 
+def lstm_resident_forward(dtype: int, numbers: tuple[int, ...], device: int, stream: int) -> None:
+    """Only in a build with CUDA. ``numbers``: LstmResidentShape's ten and the fields of
+    LstmResidentForward, in their order."""
+
+def lstm_resident_backward(dtype: int, numbers: tuple[int, ...], device: int, stream: int) -> None:
+    """Only in a build with CUDA."""
+
+def lstm_resident_plan(
+    dtype: int, numbers: tuple[int, ...], backward: bool, device: int
+) -> dict[str, int]:
+    """Only in a build with CUDA. ``numbers``: LstmResidentShape's. The fields of LstmResidentPlan."""
+
 def pyramid_pool_cpu_isa() -> str: ...
 def pyramid_pool_forward_cpu(
     dtype: int,
