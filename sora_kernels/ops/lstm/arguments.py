@@ -1,15 +1,17 @@
-"""Checks and casts of a recurrent call's arguments: the part that depends on shapes, and on no
+"""Checks and casts of a recurrent call's arguments, and torch's settings around it: what depends on no
 backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common.autocast import without_autocast
 from .cells import GRU, LSTM, Cell
 
 States = tuple[Tensor, ...] | None
@@ -63,6 +65,23 @@ def autocast(
     dtype = torch.get_autocast_dtype(x.device.type)
     hx = None if hx is None else tuple(t.to(dtype) for t in hx)
     return x.to(dtype), hx, [w.to(dtype) for w in weights]
+
+
+@contextlib.contextmanager
+def settled(x: Tensor, precision: str) -> Iterator[None]:
+    """No autocast, which would cast single GEMMs of a layer whose dtype is settled, and torch's GEMM
+    flag for this call. The flag is global: other threads see it meanwhile.
+    """
+    switches = precision and x.is_cuda and x.dtype == torch.float32
+    was = torch.backends.cuda.matmul.allow_tf32 if switches else False
+    with without_autocast(x):
+        if switches:
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        try:
+            yield
+        finally:
+            if switches:
+                torch.backends.cuda.matmul.allow_tf32 = was
 
 
 def validate(

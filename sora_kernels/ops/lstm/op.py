@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -12,32 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.autocast import without_autocast
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
-from . import native, reference, stock
-from .arguments import Sizes, operator_of
+from . import members, native, reference, stock
+from .arguments import Sizes, operator_of, settled
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
 from .int8 import Int8Weights
-
-
-@contextlib.contextmanager
-def _settled(x: Tensor, precision: str) -> Iterator[None]:
-    """No autocast, which would cast single GEMMs of a layer whose dtype is settled, and torch's GEMM
-    flag for this call. The flag is global: other threads see it meanwhile.
-    """
-    switches = precision and x.is_cuda and x.dtype == torch.float32
-    was = torch.backends.cuda.matmul.allow_tf32 if switches else False
-    with without_autocast(x):
-        if switches:
-            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        try:
-            yield
-        finally:
-            if switches:
-                torch.backends.cuda.matmul.allow_tf32 = was
-
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -130,7 +110,7 @@ class Layer:
         )  # fmt: skip
         args = (self.cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
         if precision or torch._C._is_any_autocast_enabled():
-            with _settled(x, precision):
+            with settled(x, precision):
                 return impl.forward(*args)
         return impl.forward(*args)
 
@@ -141,7 +121,7 @@ class Layer:
     ) -> Tensors:  # fmt: skip
         """y and the last states, without gradients, by int8 weights of each direction."""
         h0, c0 = (*states, None)[:2]
-        with _settled(x, ""):
+        with settled(x, ""):
             found = native.forward(
                 self.cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, False, int8
             )
@@ -175,7 +155,7 @@ class Layer:
             cells, gates, bias, needs,
         )  # fmt: skip
         if precision or torch._C._is_any_autocast_enabled():
-            with _settled(x, precision):
+            with settled(x, precision):
                 dx, dh0, dc0, dweights = impl.backward(*args)
         else:
             dx, dh0, dc0, dweights = impl.backward(*args)
@@ -248,7 +228,7 @@ class Layer:
             batch_sizes, lengths, reset = tensors[states + 1 : weights_at]
             weights: Any = tensors[weights_at:]
             assert x is not None
-            with _settled(x, flags[1]):
+            with settled(x, flags[1]):
                 return reference.layer(
                     cell, x, h0, c0, weights, batch_sizes, lengths, reset, flags[0], with_cells
                 )[:outputs]
@@ -258,7 +238,8 @@ class Layer:
             return definition(inputs, flags), inputs
 
         pair = Pair(forward, save, backward, definition, recompute, num_outputs=outputs)
-        return differentiable(pair)
+        kernels = members.under_transforms(members.Layer(cell, pair, with_cells, self._select))
+        return differentiable(pair._replace(transformed=kernels))
 
 
 def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:

@@ -1,0 +1,339 @@
+"""Layers with an axis of members before all their tensors, or with rows of several members in one batch: what
+``members.py`` runs once every transform has been taken in.
+
+Members with weights of their own are one launch where ``resident.py`` takes them, and else run one by one through
+the registered ops. Rows of several members (groups) are one call of the layer as ever; for the gradient of the weights
+of each, the chain over time is one call too, and the products after it are one GEMM a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from ... import _env, _native
+from ..._dispatch import BackendError
+from ..common.dtypes import DTYPE_CODES
+from ..common.gradient import Pair, Tensors
+from ..common.schema import goes_straight
+from . import native, resident, steps
+from .arguments import Sizes, operator_of, settled
+from .backends import CHOSEN, OPERATORS
+from .cells import GRU, Cell
+from .pointers import all_pointable, pointable, pointer
+from .products import Chain, gates_of
+from .rows import Rows
+
+ROWS = {".": -2, "l": -1, "r": -1}  # where members' rows go, of a kind of tensor
+MOST_MEMBERS = 65535  # of a launch
+MOST_ROWS = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of one cell, as ``op.Layer`` sets it up.
+
+    The kinds of its tensors: "." features of rows or states, their last axis but one counts the batch (or
+    a packed batch's rows); "s" batch_sizes; "l" lengths and "r" reset, whose last axis does; "w" a weight.
+    """
+
+    cell: Cell
+    pair: Pair
+    with_cells: bool
+    select: Callable[..., Any]  # op.Layer._select
+
+    @property
+    def num_outputs(self) -> int:
+        return self.pair.num_outputs
+
+    @property
+    def rows_at(self) -> int:
+        """Where batch_sizes, lengths and reset are among the tensors."""
+        return 2 + self.cell.has_c
+
+    @property
+    def tapes_count(self) -> int:
+        return 1 + self.cell.has_c + (self.cell.tape > 0)
+
+    def kinds(self, tensors: Tensors) -> str:
+        return "." * self.rows_at + "slr" + "w" * (len(tensors) - self.rows_at - 3)
+
+    def inputs_of(self, given: Tensors) -> Tensors:
+        """Of gradients of outputs, tensors and tapes."""
+        return given[self.num_outputs : len(given) - self.tapes_count]
+
+    def kinds_of_backward(self, given: Tensors) -> str:
+        return "." * self.num_outputs + self.kinds(self.inputs_of(given)) + "." * self.tapes_count
+
+    def parts(self, tensors: Tensors) -> tuple[Any, ...]:
+        """x, h0, c0, weights, batch_sizes, lengths, reset: as an implementation takes them."""
+        at = self.rows_at
+        x, h0, c0 = (*tensors[:at], None)[:3]
+        return (x, h0, c0, tensors[at + 3 :], *tensors[at : at + 3])
+
+    def takes(self, tensors: Tensors, flags: tuple, backend: str, grad: bool) -> bool:
+        """Whether a backend other than the reference runs this."""
+        x, batch_sizes = tensors[0], tensors[self.rows_at]
+        assert x is not None
+        if x.device.type not in ("cpu", "cuda"):
+            return False
+        if batch_sizes is not None and is_functorch_wrapped_tensor(batch_sizes):
+            return False
+        impl = self._impl(backend, tensors, flags, grad)
+        return impl is not None and impl is not CHOSEN["=reference"]
+
+    def chains(self, tensors: Tensors, flags: tuple, backend: str) -> bool:
+        """Whether the native kernels may run this past the registered ops, chain and products apart."""
+        name, plain = operator_of(self.cell), 4 if flags[0] else 2
+        requested = backend or _env.requested_backend(name, OPERATORS[name].backends)
+        return (
+            requested in ("", "native")
+            and len(tensors) - self.rows_at - 3 in (plain, 2 * plain)  # no projection
+            and goes_straight(*tensors)
+            and self._impl("native", tensors, flags, True) is not None
+        )
+
+    def _impl(self, backend: str, tensors: Tensors, flags: tuple, grad: bool) -> Any:
+        (bias, precision, recompute), cell = flags, self.cell
+        x, h0, _, weights, *rows = self.parts(tensors)
+        tapes = self.with_cells or (grad and not recompute and cell.tape > 0)
+        try:
+            return self.select(
+                backend, tapes, grad, x, h0, weights, *rows, False, recompute, bias, precision
+            )
+        except BackendError:
+            return None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a call is, beside its tensors.
+
+    Attributes:
+        flags: bias, precision, recompute.
+        tapes: whether a backward pass may come that wants them.
+        packed: whether there are batch_sizes, and so one axis for the rows of all steps.
+        members: length of the first axis of each tensor; 0 if there is none. batch_sizes has none; lengths
+            and reset have it, or are common.
+        groups: of a backward pass: row b belongs to group b % groups, and weights' gradients have an axis of groups
+            before their own; 0 for one sum.
+    """
+
+    layer: Layer
+    flags: tuple[bool, str, bool]
+    backend: str
+    tapes: bool
+    packed: bool
+    members: int = 0
+    groups: int = 0
+
+    def has_members(self, kind: str, t: Tensor, beside: int = 0) -> bool:
+        """Whether ``t`` has the axis of members; it has ``beside`` others that are not a layer's."""
+        if kind in "lr":
+            return t.dim() - beside > (1 if kind == "l" or self.packed else 2)
+        return self.members > 0 and kind != "s"
+
+
+def forward(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
+    """Outputs, then tapes."""
+    layer = call.layer
+    if not call.members:
+        return tuple(layer.pair.forward(tensors, call.flags, call.tapes, call.backend))
+    bias, precision, recompute = call.flags
+    parts = layer.parts(tensors)
+    with settled(parts[0], precision):
+        if _resident(call, tensors):
+            tapes = layer.with_cells or (call.tapes and not recompute)
+            found = resident.forward(layer.cell, *parts, bias, tapes, call.members)
+            return tuple(t for t in found if t is not None)
+    kinds, alone = layer.kinds(tensors), replace(call, members=0)
+    each = [
+        forward(alone, [_member(call, k, t, m) for k, t in zip(kinds, tensors, strict=True)])
+        for m in range(call.members)
+    ]
+    return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
+
+
+def backward(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+    """Gradients of the tensors in ``needs``, from those of the outputs, the tensors and the tapes."""
+    layer, kinds = call.layer, call.layer.kinds_of_backward(given)
+    if call.members and not _resident(call, layer.inputs_of(given)):
+        alone = replace(call, members=0)
+        each = [
+            backward(
+                alone, needs, [_member(call, k, t, m) for k, t in zip(kinds, given, strict=True)]
+            )
+            for m in range(call.members)
+        ]
+        return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
+    inputs = layer.inputs_of(given)
+    own_kinds = layer.kinds(inputs)
+    if not call.members:
+        if not call.groups or not any(n for n, k in zip(needs, own_kinds, strict=True) if k == "w"):
+            found = layer.pair.backward(
+                given[: layer.num_outputs], given[layer.num_outputs :], needs, call.flags,
+                call.backend,
+            )  # fmt: skip
+            return tuple(g for g, need in zip(found, needs, strict=True) if need)
+        if not layer.chains(inputs, call.flags, call.backend):
+            return _group_by_group(call, needs, given)
+    x, _, _, weights, *_ = layer.parts(inputs)
+    at = layer.rows_at
+    bias, needed = call.flags[0], (*needs[:at], *needs[at + 3 :])
+    with settled(x, call.flags[1]):
+        chain = _chain(call, needed, given)
+        dx, dweights = chain.gradients(weights, bias, needed, call.groups)
+    dx = None if dx is None else dx.view(x.shape)
+    found = (dx, chain.dh0, chain.dc0)[:at] + (None,) * 3 + tuple(dweights)
+    return tuple(g for g, need in zip(found, needs, strict=True) if need)
+
+
+def _member(call: Call, kind: str, t: Tensor | None, m: int) -> Tensor | None:
+    return t[m] if t is not None and call.has_members(kind, t) else t
+
+
+def by_group(kind: str, t: Tensor | None, groups: int) -> Tensor | None:
+    """``t`` with groups as an axis of their own, behind the batch."""
+    if t is None or kind == "w":
+        return t
+    if kind == "s":
+        return t // groups
+    at = ROWS[kind]
+    return t.unflatten(at, (t.shape[at] // groups, groups))
+
+
+def _group_by_group(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+    alone, kinds = replace(call, groups=0), call.layer.kinds_of_backward(given)
+    split = [by_group(k, t, call.groups) for k, t in zip(kinds, given, strict=True)]
+    each = [
+        backward(
+            alone,
+            needs,
+            [
+                t if t is None or k in "sw" else t.select(ROWS[k], g)
+                for k, t in zip(kinds, split, strict=True)
+            ],
+        )
+        for g in range(call.groups)
+    ]
+    gives = zip(call.layer.kinds(call.layer.inputs_of(given)), needs, strict=True)
+    return tuple(
+        torch.stack(of_all) if kind == "w" else torch.stack(of_all, -2).flatten(-3, -2)
+        for kind, of_all in zip(
+            (k for k, need in gives if need), zip(*each, strict=True), strict=True
+        )
+    )
+
+
+def _resident(call: Call, tensors: Tensors) -> bool:
+    """Whether the members go down in one launch."""
+    layer, (x, _, _, weights, _, lengths, reset) = call.layer, call.layer.parts(tensors)
+    common = all(
+        t is None or not call.has_members(kind, t) for kind, t in (("l", lengths), ("r", reset))
+    )
+    if not common or call.members > MOST_MEMBERS:
+        return False
+    if not resident.takes(x, weights[1].shape[-1]) or not 0 < x.shape[1:-1].numel() <= MOST_ROWS:
+        return False
+    alone = [_member(call, k, t, 0) for k, t in zip(layer.kinds(tensors), tensors, strict=True)]
+    return layer.chains(alone, call.flags, call.backend)
+
+
+def _chain(call: Call, needs: Sequence[bool], given: Tensors) -> Chain:
+    """What backward does step by step, of all members or of the rows of all groups."""
+    layer, bias = call.layer, call.flags[0]
+    cell, count = layer.cell, layer.num_outputs
+    dy, dh_n, *rest = given[:count]
+    dc_n, dcells = (*rest, None, None)[:2]
+    x, h0, c0, weights, *rows = layer.parts(layer.inputs_of(given))
+    y, *tapes = given[len(given) - layer.tapes_count :]
+    gates = tapes[-1] if cell.tape else None
+    cells = tapes[0] if cell.has_c else None
+    args = (
+        cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, *rows, y, cells, gates, bias, needs,
+    )  # fmt: skip
+    if call.members:
+        return resident.chain(*args, call.members)
+    if resident.takes(x, weights[1].shape[-1]) and 0 < x.shape[:-1].numel() <= MOST_ROWS:
+        return resident.chain(*args)
+    return _native_chain(*args)
+
+
+def _native_chain(
+    cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
+    cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
+) -> Chain:  # fmt: skip
+    """``native.backward`` up to its products, in the order of x's rows."""
+    h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
+    weights, y = all_pointable(x, weights), y.contiguous()
+    if cells is not None and gates is not None:
+        cells, gates = cells.contiguous(), gates.contiguous()
+    if native._walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+        return _chain_of_steps(
+            cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, lengths, reset, y,
+            cells, gates, bias, needs,
+        )  # fmt: skip
+    rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
+    D, H, _ = sizes
+    packed_x = rows.packed(x)
+    shape, keep = native._shape(cell, rows, sizes, reset)
+    h_prev = [native._previous_states(rows, shape, sizes, d, y, h0) for d in range(D)]
+    if cell.tape and gates is None:
+        cells, gates = native._tapes_again(
+            cell, rows, sizes, shape, weights, bias, packed_x, h_prev, h0, c0
+        )
+    if gates is not None:
+        gates = gates.contiguous()
+    if cells is not None:
+        dcells = pointable(cells, dcells)
+    dgates = x.new_empty(D, rows.N, (4 if cell is GRU else cell.gates) * H)
+    dh0 = x.new_empty(D, rows.B, H)
+    dc0 = x.new_empty(D, rows.B, H) if cell.has_c else None
+    _native.module().lstm_backward_cpu(
+        DTYPE_CODES[x.dtype], shape, pointer(gates), pointer(cells), y.data_ptr(),
+        native._addresses(weights, sizes, bias), pointer(h0), pointer(c0), pointer(dy),
+        pointer(dcells), pointer(dh_n), pointer(dc_n), dgates.data_ptr(), 0, dh0.data_ptr(),
+        pointer(dc0), _native.num_threads(),
+    )  # fmt: skip
+    del keep
+
+    if rows.places is not None:  # the kernel left out what does not run
+        packed_x, *h_prev = (rows.given(t).flatten(0, 1) for t in (packed_x, *h_prev))
+        dgates = torch.stack([rows.given(g).flatten(0, 1) for g in dgates])
+    return Chain(*gates_of(cell, dgates), h_prev, packed_x, dh0, dc0)
+
+
+def _chain_of_steps(
+    cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
+    cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
+) -> Chain:  # fmt: skip
+    """``steps.backward`` up to its products."""
+    per, H = 4 if bias else 2, weights[1].shape[1]
+    walk = steps.Walk.of(cell, x, h0, H, batch_sizes, lengths, reset)
+    h_prev = [walk.previous_states(d, y, h0) for d in range(len(weights) // per)]
+    if cell.tape and gates is None:
+        cells, gates = steps._tapes_again(walk, x, c0, weights, bias, h_prev)
+    if cells is not None:
+        dcells = pointable(cells, dcells)
+    dgates, dh0, dc0 = steps._backward_steps(
+        walk, dy, dh_n, dc_n, dcells, c0, weights[1::per], y, h_prev, cells, gates, needs[1]
+    )
+    if walk.lengths is not None:
+        live = torch.arange(walk.T, device=x.device)[:, None] < walk.lengths
+        x = torch.where(live[..., None], x, 0)
+    flat = x if walk.sizes is not None else x.flatten(0, 1)
+    own = dgates.unbind(0)
+    if cell is not GRU:
+        return Chain([(g,) for g in own], [(g,) for g in own], h_prev, flat, dh0, dc0)
+    # Its gates are n, r, z, and what n is of W_hh h.
+    of_x = [(g[:, H : 3 * H], g[:, :H]) for g in own]
+    return Chain(of_x, [(g[:, H:],) for g in own], h_prev, flat, dh0, dc0)
