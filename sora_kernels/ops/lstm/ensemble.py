@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_map_only
 
-from ... import _env, _native
+from ... import _env
 from ..._dispatch import BackendError
-from ..common.dtypes import DTYPE_CODES
 from ..common.gradient import Pair, Tensors
 from ..common.schema import goes_straight
-from . import native, resident, steps
-from .arguments import Sizes, operator_of, settled
+from . import ensemble_cpu, native, resident, steps
+from .arguments import operator_of, settled
 from .backends import CHOSEN, OPERATORS
 from .cells import GRU, Cell
-from .pointers import all_pointable, pointable, pointer
-from .products import Chain, gates_of
-from .rows import Rows
+from .pointers import all_pointable, pointable
+from .products import Chain
 
 ROWS = {".": -2, "l": -1, "r": -1}  # where members' rows go, of a kind of tensor
 MOST_MEMBERS = 65535  # of a launch
@@ -145,56 +145,71 @@ def forward(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     if not call.members:
         return tuple(layer.pair.forward(tensors, call.flags, call.tapes, call.backend))
     bias, precision, recompute = call.flags
-    parts = layer.parts(tensors)
+    parts, tapes = layer.parts(tensors), layer.with_cells or (call.tapes and not recompute)
     with settled(parts[0], precision):
-        if _resident(call, tensors):
-            tapes = layer.with_cells or (call.tapes and not recompute)
+        way = _together(call, tensors)
+        if way is resident:
             found = resident.forward(layer.cell, *parts, bias, tapes, call.members)
-            return tuple(t for t in found if t is not None)
-    kinds, alone = layer.kinds(tensors), replace(call, members=0)
+        elif way is ensemble_cpu:
+            found = ensemble_cpu.forward(layer.cell, *parts, bias, tapes)
+        else:
+            return _one_by_one(call, layer.kinds(tensors), tensors, forward)
+    return tuple(t for t in found if t is not None)
+
+
+def backward(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+    """Gradients of the tensors in ``needs``, from those of the outputs, the tensors and the tapes."""
+    layer, cell = call.layer, call.layer.cell
+    inputs, at = layer.inputs_of(given), layer.rows_at
+    bias, precision, _ = call.flags
+    x, _, _, weights, *_ = layer.parts(inputs)
+    with settled(x, precision):
+        run = _chain(call, needs, inputs)
+        if run is None and call.members:
+            kinds = layer.kinds_of_backward(given)
+            return _one_by_one(call, kinds, given, lambda alone, own: backward(alone, needs, own))
+        if run is None:
+            return _by_op(call, needs, given)
+        needed = (*needs[:at], *needs[at + 3 :])
+        dy, dh_n, dc_n, dcells = (*given[: layer.num_outputs], None, None)[:4]
+        y, *tapes = given[len(given) - layer.tapes_count :]
+        cells, gates = (tapes[0] if cell.has_c else None), (tapes[-1] if tapes else None)
+        chain = run(
+            cell, dy, dh_n, dc_n, dcells, *layer.parts(inputs), y, cells, gates, bias, needed
+        )
+        dx, dweights = chain.gradients(weights, bias, needed, call.groups)
+    found = (None if dx is None else dx.view(x.shape), chain.dh0, chain.dc0)
+    every = (*found[:at], None, None, None, *dweights)
+    return tuple(g for g, need in zip(every, needs, strict=True) if need)
+
+
+def _member(call: Call, kind: str, t: Tensor | None, m: int) -> Tensor | None:
+    return t[m] if t is not None and call.has_members(kind, t) else t
+
+
+def _one_by_one(
+    call: Call, kinds: str, tensors: Tensors, run: Callable[[Call, Tensors], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    alone = replace(call, members=0)
     each = [
-        forward(alone, [_member(call, k, t, m) for k, t in zip(kinds, tensors, strict=True)])
+        run(alone, [_member(call, k, t, m) for k, t in zip(kinds, tensors, strict=True)])
         for m in range(call.members)
     ]
     return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
 
 
-def backward(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
-    """Gradients of the tensors in ``needs``, from those of the outputs, the tensors and the tapes."""
-    layer, kinds = call.layer, call.layer.kinds_of_backward(given)
-    if call.members and not _resident(call, layer.inputs_of(given)):
-        alone = replace(call, members=0)
-        each = [
-            backward(
-                alone, needs, [_member(call, k, t, m) for k, t in zip(kinds, given, strict=True)]
-            )
-            for m in range(call.members)
-        ]
-        return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
-    inputs = layer.inputs_of(given)
-    own_kinds = layer.kinds(inputs)
-    if not call.members:
-        if not call.groups or not any(n for n, k in zip(needs, own_kinds, strict=True) if k == "w"):
-            found = layer.pair.backward(
-                given[: layer.num_outputs], given[layer.num_outputs :], needs, call.flags,
-                call.backend,
-            )  # fmt: skip
-            return tuple(g for g, need in zip(found, needs, strict=True) if need)
-        if not layer.chains(inputs, call.flags, call.backend):
-            return _group_by_group(call, needs, given)
-    x, _, _, weights, *_ = layer.parts(inputs)
-    at = layer.rows_at
-    bias, needed = call.flags[0], (*needs[:at], *needs[at + 3 :])
-    with settled(x, call.flags[1]):
-        chain = _chain(call, needed, given)
-        dx, dweights = chain.gradients(weights, bias, needed, call.groups)
-    dx = None if dx is None else dx.view(x.shape)
-    found = (dx, chain.dh0, chain.dc0)[:at] + (None,) * 3 + tuple(dweights)
+def _by_op(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+    """``backward`` without an axis of members, through the registered op."""
+    layer = call.layer
+    of_weights = needs[layer.rows_at + 3 :]
+    if call.groups and any(of_weights):
+        return _group_by_group(call, needs, given)
+    # The kernels leave tapes without gaps, and read them so; a rule of vmap may have moved axes.
+    at = len(given) - layer.tapes_count
+    tapes = [t if t is None else t.contiguous() for t in given[at:]]
+    grads, inputs = given[: layer.num_outputs], given[layer.num_outputs : at]
+    found = layer.pair.backward(grads, [*inputs, *tapes], needs, call.flags, call.backend)
     return tuple(g for g, need in zip(found, needs, strict=True) if need)
-
-
-def _member(call: Call, kind: str, t: Tensor | None, m: int) -> Tensor | None:
-    return t[m] if t is not None and call.has_members(kind, t) else t
 
 
 def by_group(kind: str, t: Tensor | None, groups: int) -> Tensor | None:
@@ -230,84 +245,68 @@ def _group_by_group(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[
     )
 
 
-def _resident(call: Call, tensors: Tensors) -> bool:
-    """Whether the members go down in one launch."""
+def _together(call: Call, tensors: Tensors) -> Any:
+    """What runs all members at once: ``resident``, ``ensemble_cpu``, or None."""
     layer, (x, _, _, weights, _, lengths, reset) = call.layer, call.layer.parts(tensors)
-    common = all(
-        t is None or not call.has_members(kind, t) for kind, t in (("l", lengths), ("r", reset))
-    )
-    if not common or call.members > MOST_MEMBERS:
-        return False
-    if not resident.takes(x, weights[1].shape[-1]) or not 0 < x.shape[1:-1].numel() <= MOST_ROWS:
-        return False
+    if any(t is not None and call.has_members(k, t) for k, t in (("l", lengths), ("r", reset))):
+        return None
     alone = [_member(call, k, t, 0) for k, t in zip(layer.kinds(tensors), tensors, strict=True)]
-    return layer.chains(alone, call.flags, call.backend)
+    if not layer.chains(alone, call.flags, call.backend):
+        return None
+    if x.is_cuda:
+        return resident if _resident(call, x, weights) else None
+    own = layer.parts(alone)
+    walks = native._walks_steps(layer.cell, own[0], *own[3:], call.flags[0])
+    return None if walks else ensemble_cpu
 
 
-def _chain(call: Call, needs: Sequence[bool], given: Tensors) -> Chain:
-    """What backward does step by step, of all members or of the rows of all groups."""
-    layer, bias = call.layer, call.flags[0]
-    cell, count = layer.cell, layer.num_outputs
-    dy, dh_n, *rest = given[:count]
-    dc_n, dcells = (*rest, None, None)[:2]
-    x, h0, c0, weights, *rows = layer.parts(layer.inputs_of(given))
-    y, *tapes = given[len(given) - layer.tapes_count :]
-    gates = tapes[-1] if cell.tape else None
-    cells = tapes[0] if cell.has_c else None
-    args = (
-        cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, *rows, y, cells, gates, bias, needs,
-    )  # fmt: skip
+def _resident(call: Call, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    rows = x.shape[1 if call.members else 0 : -1].numel()
+    return (
+        resident.takes(x, weights[1].shape[-1])
+        and 0 < rows <= MOST_ROWS
+        and call.members <= MOST_MEMBERS
+    )
+
+
+def _chain(call: Call, needs: Sequence[bool], tensors: Tensors) -> Callable[..., Chain] | None:
+    """What walks the steps of backward apart from its products: of all members at once, or where each group of
+    rows wants gradients of the weights. None where the registered op is to be called.
+    """
+    layer, (x, _, _, weights, *rows) = call.layer, call.layer.parts(tensors)
     if call.members:
-        return resident.chain(*args, call.members)
-    if resident.takes(x, weights[1].shape[-1]) and 0 < x.shape[:-1].numel() <= MOST_ROWS:
-        return resident.chain(*args)
-    return _native_chain(*args)
+        way = _together(call, tensors)
+        if way is resident:
+            return partial(resident.chain, members=call.members)
+        return None if way is None else way.chain
+    if not call.groups or not any(needs[layer.rows_at + 3 :]):
+        return None
+    if not layer.chains(tensors, call.flags, call.backend):
+        return None
+    if x.is_cuda and _resident(call, x, weights):
+        return resident.chain
+    if native._walks_steps(layer.cell, x, weights, *rows, call.flags[0]):
+        return _chain_of_steps
+    return _chain_of_one
 
 
-def _native_chain(
+def _chain_of_one(
     cell: Cell, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, y: Tensor,
     cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
 ) -> Chain:  # fmt: skip
-    """``native.backward`` up to its products, in the order of x's rows."""
-    h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
-    weights, y = all_pointable(x, weights), y.contiguous()
-    if cells is not None and gates is not None:
-        cells, gates = cells.contiguous(), gates.contiguous()
-    if native._walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
-        return _chain_of_steps(
-            cell, dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, lengths, reset, y,
-            cells, gates, bias, needs,
-        )  # fmt: skip
-    rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
-    D, H, _ = sizes
-    packed_x = rows.packed(x)
-    shape, keep = native._shape(cell, rows, sizes, reset)
-    h_prev = [native._previous_states(rows, shape, sizes, d, y, h0) for d in range(D)]
-    if cell.tape and gates is None:
-        cells, gates = native._tapes_again(
-            cell, rows, sizes, shape, weights, bias, packed_x, h_prev, h0, c0
-        )
-    if gates is not None:
-        gates = gates.contiguous()
-    if cells is not None:
-        dcells = pointable(cells, dcells)
-    dgates = x.new_empty(D, rows.N, (4 if cell is GRU else cell.gates) * H)
-    dh0 = x.new_empty(D, rows.B, H)
-    dc0 = x.new_empty(D, rows.B, H) if cell.has_c else None
-    _native.module().lstm_backward_cpu(
-        DTYPE_CODES[x.dtype], shape, pointer(gates), pointer(cells), y.data_ptr(),
-        native._addresses(weights, sizes, bias), pointer(h0), pointer(c0), pointer(dy),
-        pointer(dcells), pointer(dh_n), pointer(dc_n), dgates.data_ptr(), 0, dh0.data_ptr(),
-        pointer(dc0), _native.num_threads(),
-    )  # fmt: skip
-    del keep
+    """``ensemble_cpu.chain`` without an axis of members."""
 
-    if rows.places is not None:  # the kernel left out what does not run
-        packed_x, *h_prev = (rows.given(t).flatten(0, 1) for t in (packed_x, *h_prev))
-        dgates = torch.stack([rows.given(g).flatten(0, 1) for g in dgates])
-    return Chain(*gates_of(cell, dgates), h_prev, packed_x, dh0, dc0)
+    def one(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unsqueeze(0)
+
+    grads, given = map(one, (dy, dh_n, dc_n, dcells)), map(one, (x, h0, c0))
+    found = ensemble_cpu.chain(
+        cell, *grads, *given, [w.unsqueeze(0) for w in weights], batch_sizes, lengths, reset,
+        *map(one, (y, cells, gates)), bias, needs,
+    )  # fmt: skip
+    return tree_map_only(Tensor, lambda t: t.squeeze(0), found)
 
 
 def _chain_of_steps(
@@ -317,13 +316,15 @@ def _chain_of_steps(
     cells: Tensor | None, gates: Tensor | None, bias: bool, needs: Sequence[bool],
 ) -> Chain:  # fmt: skip
     """``steps.backward`` up to its products."""
+    h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
+    weights, y, gates = all_pointable(x, weights), y.contiguous(), pointable(x, gates)
     per, H = 4 if bias else 2, weights[1].shape[1]
     walk = steps.Walk.of(cell, x, h0, H, batch_sizes, lengths, reset)
     h_prev = [walk.previous_states(d, y, h0) for d in range(len(weights) // per)]
     if cell.tape and gates is None:
         cells, gates = steps._tapes_again(walk, x, c0, weights, bias, h_prev)
     if cells is not None:
-        dcells = pointable(cells, dcells)
+        cells, dcells = cells.contiguous(), pointable(cells, dcells)
     dgates, dh0, dc0 = steps._backward_steps(
         walk, dy, dh_n, dc_n, dcells, c0, weights[1::per], y, h_prev, cells, gates, needs[1]
     )
