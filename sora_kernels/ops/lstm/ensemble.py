@@ -122,6 +122,7 @@ class Call:
             and reset have it, or are common.
         groups: of a backward pass: row b belongs to group b % groups, and weights' gradients have an axis of groups
             before their own; 0 for one sum.
+        needs: of a backward pass: for each tensor, whether its gradient is wanted.
     """
 
     layer: Layer
@@ -131,6 +132,7 @@ class Call:
     packed: bool
     members: int = 0
     groups: int = 0
+    needs: tuple[bool, ...] = ()
 
     def has_members(self, kind: str, t: Tensor, beside: int = 0) -> bool:
         """Whether ``t`` has the axis of members; it has ``beside`` others that are not a layer's."""
@@ -157,19 +159,18 @@ def forward(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     return tuple(t for t in found if t is not None)
 
 
-def backward(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
-    """Gradients of the tensors in ``needs``, from those of the outputs, the tensors and the tapes."""
-    layer, cell = call.layer, call.layer.cell
+def backward(call: Call, given: Tensors) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, from those of the outputs, the tensors and the tapes."""
+    layer, cell, needs = call.layer, call.layer.cell, call.needs
     inputs, at = layer.inputs_of(given), layer.rows_at
     bias, precision, _ = call.flags
     x, _, _, weights, *_ = layer.parts(inputs)
     with settled(x, precision):
-        run = _chain(call, needs, inputs)
+        run = _chain(call, inputs)
         if run is None and call.members:
-            kinds = layer.kinds_of_backward(given)
-            return _one_by_one(call, kinds, given, lambda alone, own: backward(alone, needs, own))
+            return _one_by_one(call, layer.kinds_of_backward(given), given, backward)
         if run is None:
-            return _by_op(call, needs, given)
+            return _by_op(call, given)
         needed = (*needs[:at], *needs[at + 3 :])
         dy, dh_n, dc_n, dcells = (*given[: layer.num_outputs], None, None)[:4]
         y, *tapes = given[len(given) - layer.tapes_count :]
@@ -198,12 +199,12 @@ def _one_by_one(
     return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
 
 
-def _by_op(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+def _by_op(call: Call, given: Tensors) -> tuple[Tensor, ...]:
     """``backward`` without an axis of members, through the registered op."""
-    layer = call.layer
+    layer, needs = call.layer, call.needs
     of_weights = needs[layer.rows_at + 3 :]
     if call.groups and any(of_weights):
-        return _group_by_group(call, needs, given)
+        return _group_by_group(call, given)
     # The kernels leave tapes without gaps, and read them so; a rule of vmap may have moved axes.
     at = len(given) - layer.tapes_count
     tapes = [t if t is None else t.contiguous() for t in given[at:]]
@@ -222,13 +223,12 @@ def by_group(kind: str, t: Tensor | None, groups: int) -> Tensor | None:
     return t.unflatten(at, (t.shape[at] // groups, groups))
 
 
-def _group_by_group(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+def _group_by_group(call: Call, given: Tensors) -> tuple[Tensor, ...]:
     alone, kinds = replace(call, groups=0), call.layer.kinds_of_backward(given)
     split = [by_group(k, t, call.groups) for k, t in zip(kinds, given, strict=True)]
     each = [
         backward(
             alone,
-            needs,
             [
                 t if t is None or k in "sw" else t.select(ROWS[k], g)
                 for k, t in zip(kinds, split, strict=True)
@@ -236,7 +236,7 @@ def _group_by_group(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[
         )
         for g in range(call.groups)
     ]
-    gives = zip(call.layer.kinds(call.layer.inputs_of(given)), needs, strict=True)
+    gives = zip(call.layer.kinds(call.layer.inputs_of(given)), call.needs, strict=True)
     return tuple(
         torch.stack(of_all) if kind == "w" else torch.stack(of_all, -2).flatten(-3, -2)
         for kind, of_all in zip(
@@ -269,7 +269,7 @@ def _resident(call: Call, x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _chain(call: Call, needs: Sequence[bool], tensors: Tensors) -> Callable[..., Chain] | None:
+def _chain(call: Call, tensors: Tensors) -> Callable[..., Chain] | None:
     """What walks the steps of backward apart from its products: of all members at once, or where each group of
     rows wants gradients of the weights. None where the registered op is to be called.
     """
@@ -279,7 +279,7 @@ def _chain(call: Call, needs: Sequence[bool], tensors: Tensors) -> Callable[...,
         if way is resident:
             return partial(resident.chain, members=call.members)
         return None if way is None else way.chain
-    if not call.groups or not any(needs[layer.rows_at + 3 :]):
+    if not call.groups or not any(call.needs[layer.rows_at + 3 :]):
         return None
     if not layer.chains(tensors, call.flags, call.backend):
         return None

@@ -157,13 +157,10 @@ def _addresses(
     if one_step:
         first = (0, 0, *first[2:])
     square, column = weights[1][0].numel() * size, len(weights[1][0]) * size
-    steps = (square, square, *(column,) * 4, *(0,) * 6)
-    bytes_of = [0 if t is None else t[0].numel() * t.element_size() for t in arrays]
-    starts = [pointer(t) for t in arrays]
-    return [
-        (
-            tuple(a and a + m * step for a, step in zip(first, steps, strict=True)),
-            [a and a + m * b for a, b in zip(starts, bytes_of, strict=True)],
-        )
-        for m in range(M)
-    ]
+    steps = [square, square, *(column,) * 4, *(0,) * 6]
+    steps = [step if start else 0 for step, start in zip(steps, first, strict=True)]
+    steps += [0 if t is None else t.nbytes // M for t in arrays]
+    starts = torch.tensor([*first, *map(pointer, arrays)], device="cpu")
+    places = torch.arange(M, device="cpu")[:, None]
+    table = (starts + places * torch.tensor(steps, device="cpu")).tolist()
+    return [(tuple(row[: len(first)]), row[len(first) :]) for row in table]

@@ -91,7 +91,7 @@ class Forward(torch.autograd.Function):
         given = (*grads, *ctx.saved_tensors)
         legacy = any(g is not None and is_legacy_batchedtensor(g) for g in grads)
         run = Backward.apply if _kernels_follow() and not legacy else first_derivatives
-        found = iter(run(call, needs, *given))
+        found = iter(run(replace(call, needs=needs), *given))
         return (None, *(next(found) if need else None for need in needs))
 
     @staticmethod
@@ -103,15 +103,15 @@ class Forward(torch.autograd.Function):
 
 
 class Backward(torch.autograd.Function):
-    """(call, needs, *gradients of the outputs, *tensors, *tapes) -> gradients of the tensors in ``needs``."""
+    """(call, *gradients of the outputs, *tensors, *tapes) -> the gradients that ``call.needs`` names."""
 
     @staticmethod
-    def forward(call: Call, needs: Sequence[bool], *given: Tensor | None) -> tuple[Tensor, ...]:
-        return ensemble.backward(call, needs, given)
+    def forward(call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
+        return ensemble.backward(call, given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.call, ctx.needs, *given = inputs
+        ctx.call, *given = inputs
         ctx.save_for_backward(*given)
         ctx.set_materialize_grads(False)
 
@@ -120,33 +120,31 @@ class Backward(torch.autograd.Function):
         """Of what the tensors and the outputs' gradients make of ``first_derivatives``."""
         given, call = ctx.saved_tensors, ctx.call
         tapes = len(given) - call.layer.tapes_count
-        leaves = [k for k in range(tapes) if ctx.needs_input_grad[2 + k]]
+        leaves = [k for k in range(tapes) if ctx.needs_input_grad[1 + k]]
         wanted = [k for k, second in enumerate(seconds) if second is not None]
-        result: list[Tensor | None] = [None] * (2 + len(given))
+        result: list[Tensor | None] = [None] * (1 + len(given))
         if leaves and wanted:
 
             def first(*values: Tensor) -> list[Tensor]:
                 now = list(given)
                 for k, value in zip(leaves, values, strict=True):
                     now[k] = value
-                found = first_derivatives(call, ctx.needs, *now)
+                found = first_derivatives(call, *now)
                 return [found[k] for k in wanted]
 
             _, pull = torch.func.vjp(first, *(given[k] for k in leaves))
             found = pull([seconds[k] for k in wanted])
             for k, g in zip(leaves, found, strict=True):
-                result[2 + k] = g
+                result[1 + k] = g
         return tuple(result)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple, call: Call, needs: Sequence[bool], *given: Tensor | None
-    ) -> tuple:
+    def vmap(info: Any, in_dims: tuple, call: Call, *given: Tensor | None) -> tuple:
         kinds = call.layer.kinds_of_backward(given)
-        axes = _Axes(kinds, in_dims[2:], call, info.batch_size)
-        found = Backward.apply(axes.call, needs, *axes.inward(given))
+        axes = _Axes(kinds, in_dims[1:], call, info.batch_size)
+        found = Backward.apply(axes.call, *axes.inward(given))
         inputs = call.layer.kinds(call.layer.inputs_of(given))
-        gives = "".join(kind for kind, need in zip(inputs, needs, strict=True) if need)
+        gives = "".join(kind for kind, need in zip(inputs, call.needs, strict=True) if need)
         return axes.outward(found, gives)
 
 
@@ -223,21 +221,19 @@ class _Axes:
         return (t.unflatten(0, (self.M, members)) if members else t), 0
 
 
-def first_derivatives(
-    call: Call, needs: Sequence[bool], *given: Tensor | None
-) -> tuple[Tensor, ...]:
+def first_derivatives(call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
     """As ``Backward``, by autograd of the reference: any transform goes through it."""
     inputs = call.layer.inputs_of(given)
-    return _of_reference(call, needs, *given[: call.layer.num_outputs], *inputs)
+    return _of_reference(call, *given[: call.layer.num_outputs], *inputs)
 
 
-def _of_reference(call: Call, needs: Sequence[bool], *given: Tensor | None) -> tuple[Tensor, ...]:
+def _of_reference(call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
     """``given`` without tapes, which depend on the rest."""
     if call.members or call.groups:
-        return _of_each(call, needs, given)
+        return _of_each(call, given)
     layer, count = call.layer, call.layer.num_outputs
     grads, inputs = given[:count], given[count:]
-    places = [k for k, need in enumerate(needs) if need]
+    places = [k for k, need in enumerate(call.needs) if need]
     used = [k for k, g in enumerate(grads) if g is not None]
 
     def outputs(*values: Tensor) -> list[Tensor]:
@@ -251,7 +247,7 @@ def _of_reference(call: Call, needs: Sequence[bool], *given: Tensor | None) -> t
     return pull([grads[k] for k in used])
 
 
-def _of_each(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor, ...]:
+def _of_each(call: Call, given: Tensors) -> tuple[Tensor, ...]:
     """Each member, or else each group of rows, by itself."""
     layer = call.layer
     inputs = layer.kinds(given[layer.num_outputs :])
@@ -262,15 +258,15 @@ def _of_each(call: Call, needs: Sequence[bool], given: Tensors) -> tuple[Tensor,
             0 if t is not None and call.has_members(k, t) else None
             for k, t in zip(kinds, given, strict=True)
         ]
-        return torch.vmap(partial(_of_reference, alone, needs), tuple(dims))(*given)
+        return torch.vmap(partial(_of_reference, alone), tuple(dims))(*given)
     alone = replace(call, groups=0)
     given = [ensemble.by_group(k, t, call.groups) for k, t in zip(kinds, given, strict=True)]
     dims = [
         None if t is None or k in "sw" else t.dim() + ensemble.ROWS[k]
         for k, t in zip(kinds, given, strict=True)
     ]
-    found = torch.vmap(partial(_of_reference, alone, needs), tuple(dims))(*given)
-    gives = [k for k, need in zip(inputs, needs, strict=True) if need]
+    found = torch.vmap(partial(_of_reference, alone), tuple(dims))(*given)
+    gives = [k for k, need in zip(inputs, call.needs, strict=True) if need]
     return tuple(
         t if k == "w" else t.movedim(0, -2).flatten(-3, -2)
         for k, t in zip(gives, found, strict=True)
