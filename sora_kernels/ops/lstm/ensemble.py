@@ -78,25 +78,32 @@ class Layer:
 
     def takes(self, tensors: Tensors, flags: tuple, backend: str, grad: bool) -> bool:
         """Whether a backend other than the reference runs this."""
-        x, batch_sizes = tensors[0], tensors[self.rows_at]
-        assert x is not None
+        x, _, _, weights, batch_sizes, *_ = self.parts(tensors)
         if x.device.type not in ("cpu", "cuda"):
             return False
         if batch_sizes is not None and is_functorch_wrapped_tensor(batch_sizes):
             return False
+        if x.device.type == "cpu" and not self._requested(backend):
+            # The reference's time is its steps', and ours at first what torch.func does around a Function.
+            steps = (x if batch_sizes is None else batch_sizes).shape[0]
+            if steps < (6 if weights[1].shape[0] < 64 * self.cell.gates else 4):
+                return False
         impl = self._impl(backend, tensors, flags, grad)
         return impl is not None and impl is not CHOSEN["=reference"]
 
     def chains(self, tensors: Tensors, flags: tuple, backend: str) -> bool:
         """Whether the native kernels may run this past the registered ops, chain and products apart."""
-        name, plain = operator_of(self.cell), 4 if flags[0] else 2
-        requested = backend or _env.requested_backend(name, OPERATORS[name].backends)
+        plain = 4 if flags[0] else 2
         return (
-            requested in ("", "native")
+            self._requested(backend) in ("", "native")
             and len(tensors) - self.rows_at - 3 in (plain, 2 * plain)  # no projection
             and goes_straight(*tensors)
             and self._impl("native", tensors, flags, True) is not None
         )
+
+    def _requested(self, backend: str) -> str:
+        name = operator_of(self.cell)
+        return backend or _env.requested_backend(name, OPERATORS[name].backends)
 
     def _impl(self, backend: str, tensors: Tensors, flags: tuple, grad: bool) -> Any:
         (bias, precision, recompute), cell = flags, self.cell
@@ -253,11 +260,11 @@ def _together(call: Call, tensors: Tensors) -> Any:
     alone = [_member(call, k, t, 0) for k, t in zip(layer.kinds(tensors), tensors, strict=True)]
     if not layer.chains(alone, call.flags, call.backend):
         return None
-    if x.is_cuda:
-        return resident if _resident(call, x, weights) else None
+    if _resident(call, x, weights):
+        return resident
     own = layer.parts(alone)
     walks = native._walks_steps(layer.cell, own[0], *own[3:], call.flags[0])
-    return None if walks else ensemble_cpu
+    return None if walks or not x.is_cpu else ensemble_cpu
 
 
 def _resident(call: Call, x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -283,7 +290,7 @@ def _chain(call: Call, tensors: Tensors) -> Callable[..., Chain] | None:
         return None
     if not layer.chains(tensors, call.flags, call.backend):
         return None
-    if x.is_cuda and _resident(call, x, weights):
+    if _resident(call, x, weights):
         return resident.chain
     if native._walks_steps(layer.cell, x, weights, *rows, call.flags[0]):
         return _chain_of_steps
