@@ -289,6 +289,16 @@ def test_every_other_transform(recurrent, kind, other):
     )
 
 
+def test_no_members(recurrent):
+    call = fp64(recurrent, "lstm")
+    inputs, dims = batched(call, "x")
+    inputs["x"] = inputs["x"][:0]
+    for transform in ("vmap", "vmap(grad)", "outside"):
+        run = TRANSFORMS[transform]
+        found, wanted = (tree_leaves(run(call, b, dims, inputs)) for b in ("native", "reference"))
+        assert [t.shape for t in found] == [t.shape for t in wanted]
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("transform", ["vmap", "vmap(grad)"])
 @pytest.mark.parametrize("names", [("x",), ("weight", "bias")], ids=["x", "weights"])

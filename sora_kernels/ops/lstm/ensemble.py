@@ -8,7 +8,7 @@ of each, the chain over time is one call too, and the products after it are one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ... import _env
 from ..._dispatch import BackendError
 from ..common.gradient import Pair, Tensors
-from ..common.schema import goes_straight
+from ..common.schema import has_memory
 from . import ensemble_cpu, native, resident, steps
 from .arguments import operator_of, settled
 from .backends import CHOSEN, OPERATORS
@@ -70,7 +70,7 @@ class Layer:
     def kinds_of_backward(self, given: Tensors) -> str:
         return "." * self.num_outputs + self.kinds(self.inputs_of(given)) + "." * self.tapes_count
 
-    def parts(self, tensors: Tensors) -> tuple[Any, ...]:
+    def parts(self, tensors: Tensors) -> Any:
         """x, h0, c0, weights, batch_sizes, lengths, reset: as an implementation takes them."""
         at = self.rows_at
         x, h0, c0 = (*tensors[:at], None)[:3]
@@ -97,7 +97,7 @@ class Layer:
         return (
             self._requested(backend) in ("", "native")
             and len(tensors) - self.rows_at - 3 in (plain, 2 * plain)  # no projection
-            and goes_straight(*tensors)
+            and has_memory(*tensors)
             and self._impl("native", tensors, flags, True) is not None
         )
 
@@ -152,18 +152,18 @@ def forward(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Outputs, then tapes."""
     layer = call.layer
     if not call.members:
-        return tuple(layer.pair.forward(tensors, call.flags, call.tapes, call.backend))
+        return _there(layer.pair.forward(tensors, call.flags, call.tapes, call.backend))
     bias, precision, recompute = call.flags
-    parts, tapes = layer.parts(tensors), layer.with_cells or (call.tapes and not recompute)
-    with settled(parts[0], precision):
+    tapes = layer.with_cells or (call.tapes and not recompute)
+    x, *rest = layer.parts(tensors)
+    args: Any = (layer.cell, x, *rest, bias, tapes)
+    with settled(x, precision):
         way = _together(call, tensors)
         if way is resident:
-            found = resident.forward(layer.cell, *parts, bias, tapes, call.members)
-        elif way is ensemble_cpu:
-            found = ensemble_cpu.forward(layer.cell, *parts, bias, tapes)
-        else:
-            return _one_by_one(call, layer.kinds(tensors), tensors, forward)
-    return tuple(t for t in found if t is not None)
+            return _there(resident.forward(*(*args, call.members)))
+        if way is ensemble_cpu:
+            return _there(ensemble_cpu.forward(*args))
+        return _one_by_one(call, layer.kinds(tensors), tensors, forward)
 
 
 def backward(call: Call, given: Tensors) -> tuple[Tensor, ...]:
@@ -188,7 +188,11 @@ def backward(call: Call, given: Tensors) -> tuple[Tensor, ...]:
         dx, dweights = chain.gradients(weights, bias, needed, call.groups)
     found = (None if dx is None else dx.view(x.shape), chain.dh0, chain.dc0)
     every = (*found[:at], None, None, None, *dweights)
-    return tuple(g for g, need in zip(every, needs, strict=True) if need)
+    return _there(g for g, need in zip(every, needs, strict=True) if need)
+
+
+def _there(found: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(t for t in found if t is not None)
 
 
 def _member(call: Call, kind: str, t: Tensor | None, m: int) -> Tensor | None:
@@ -217,7 +221,7 @@ def _by_op(call: Call, given: Tensors) -> tuple[Tensor, ...]:
     tapes = [t if t is None else t.contiguous() for t in given[at:]]
     grads, inputs = given[: layer.num_outputs], given[layer.num_outputs : at]
     found = layer.pair.backward(grads, [*inputs, *tapes], needs, call.flags, call.backend)
-    return tuple(g for g, need in zip(found, needs, strict=True) if need)
+    return _there(g for g, need in zip(found, needs, strict=True) if need)
 
 
 def by_group(kind: str, t: Tensor | None, groups: int) -> Tensor | None:
@@ -262,8 +266,8 @@ def _together(call: Call, tensors: Tensors) -> Any:
         return None
     if _resident(call, x, weights):
         return resident
-    own = layer.parts(alone)
-    walks = native._walks_steps(layer.cell, own[0], *own[3:], call.flags[0])
+    own_x, _, _, own, sizes, lengths, reset = layer.parts(alone)
+    walks = native._walks_steps(layer.cell, own_x, own, sizes, lengths, reset, call.flags[0])
     return None if walks or not x.is_cpu else ensemble_cpu
 
 
@@ -280,7 +284,8 @@ def _chain(call: Call, tensors: Tensors) -> Callable[..., Chain] | None:
     """What walks the steps of backward apart from its products: of all members at once, or where each group of
     rows wants gradients of the weights. None where the registered op is to be called.
     """
-    layer, (x, _, _, weights, *rows) = call.layer, call.layer.parts(tensors)
+    layer, cell, bias = call.layer, call.layer.cell, call.flags[0]
+    x, _, _, weights, batch_sizes, lengths, reset = layer.parts(tensors)
     if call.members:
         way = _together(call, tensors)
         if way is resident:
@@ -292,7 +297,7 @@ def _chain(call: Call, tensors: Tensors) -> Callable[..., Chain] | None:
         return None
     if _resident(call, x, weights):
         return resident.chain
-    if native._walks_steps(layer.cell, x, weights, *rows, call.flags[0]):
+    if native._walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return _chain_of_steps
     return _chain_of_one
 
@@ -305,15 +310,16 @@ def _chain_of_one(
 ) -> Chain:  # fmt: skip
     """``ensemble_cpu.chain`` without an axis of members."""
 
-    def one(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.unsqueeze(0)
-
-    grads, given = map(one, (dy, dh_n, dc_n, dcells)), map(one, (x, h0, c0))
-    found = ensemble_cpu.chain(
-        cell, *grads, *given, [w.unsqueeze(0) for w in weights], batch_sizes, lengths, reset,
-        *map(one, (y, cells, gates)), bias, needs,
+    given = (dy, dh_n, dc_n, dcells, x, h0, c0)
+    arguments: Any = (
+        cell, *map(_as_member, given), list(map(_as_member, weights)), batch_sizes, lengths, reset,
+        *map(_as_member, (y, cells, gates)), bias, needs,
     )  # fmt: skip
-    return tree_map_only(Tensor, lambda t: t.squeeze(0), found)
+    return tree_map_only(Tensor, lambda t: t.squeeze(0), ensemble_cpu.chain(*arguments))
+
+
+def _as_member(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.unsqueeze(0)
 
 
 def _chain_of_steps(

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
+)
+from torch._functorch.pyfunctorch import (
+    GradInterpreter,
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
 )
 from torch.autograd import forward_ad
 
@@ -35,6 +38,8 @@ def under_transforms(layer: Layer) -> Callable[[Tensors, tuple, str], Tensors | 
     """``Pair.transformed`` of a layer."""
 
     def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors | None:
+        if torch.compiler.is_compiling():  # an export: a graph of ATen's ops holds any transform
+            return None
         grad = _grad(tensors)
         if not _kernels_follow() or not layer.takes(tensors, flags, backend, grad):
             return None
@@ -47,12 +52,16 @@ def under_transforms(layer: Layer) -> Callable[[Tensors, tuple, str], Tensors | 
 
 
 def _kernels_follow() -> bool:
-    """Whether what is active here is vmap and at most one reverse-mode transform."""
+    """Whether what is active here is vmap, of any member at all, and at most one reverse-mode transform."""
     if forward_ad._current_level >= 0:
         return False
-    kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-    reverse = kinds.count(TransformType.Grad)
-    return reverse <= 1 and kinds.count(TransformType.Vmap) + reverse == len(kinds)
+    reverse = 0
+    for interpreter in retrieve_all_functorch_interpreters():
+        if isinstance(interpreter, GradInterpreter):
+            reverse += 1
+        elif not isinstance(interpreter, VmapInterpreter) or not interpreter.batch_size():
+            return False
+    return reverse <= 1
 
 
 def _grad(tensors: Tensors) -> bool:
@@ -64,7 +73,7 @@ def _grad(tensors: Tensors) -> bool:
             if t.requires_grad:
                 return True
             t = get_unwrapped(t) if is_functorch_wrapped_tensor(t) else None
-    return any(i.key() == TransformType.Grad for i in get_interpreter_stack() or ())
+    return any(isinstance(i, GradInterpreter) for i in retrieve_all_functorch_interpreters())
 
 
 class Forward(torch.autograd.Function):
@@ -132,7 +141,7 @@ class Backward(torch.autograd.Function):
                 found = first_derivatives(call, *now)
                 return [found[k] for k in wanted]
 
-            _, pull = torch.func.vjp(first, *(given[k] for k in leaves))
+            pull: Any = torch.func.vjp(first, *(given[k] for k in leaves))[1]
             found = pull([seconds[k] for k in wanted])
             for k, g in zip(leaves, found, strict=True):
                 result[1 + k] = g
@@ -180,7 +189,9 @@ class _Axes:
             for kind, t, dim in zip(self.kinds, tensors, self.dims, strict=True)
         ]
 
-    def outward(self, found: Tensors, kinds: str) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def outward(
+        self, found: Sequence[Tensor], kinds: str
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Results with this vmap's axis apart again, and where it is."""
         give = self._from_front if self.apart else self._from_rows
         pairs = [give(kind, t) for kind, t in zip(kinds, found, strict=True)]
@@ -236,14 +247,14 @@ def _of_reference(call: Call, *given: Tensor | None) -> tuple[Tensor, ...]:
     places = [k for k, need in enumerate(call.needs) if need]
     used = [k for k, g in enumerate(grads) if g is not None]
 
-    def outputs(*values: Tensor) -> list[Tensor]:
+    def outputs(*values: Tensor) -> list[Tensor | None]:
         now = list(inputs)
         for k, value in zip(places, values, strict=True):
             now[k] = value
         found = layer.pair.reference(now, call.flags)
         return [found[k] for k in used]
 
-    _, pull = torch.func.vjp(outputs, *(inputs[k] for k in places))
+    pull: Any = torch.func.vjp(outputs, *(inputs[k] for k in places))[1]
     return pull([grads[k] for k in used])
 
 

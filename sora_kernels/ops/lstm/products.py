@@ -52,8 +52,8 @@ class Chain(NamedTuple):
         dh0, dc0: [..., D, B, H].
     """
 
-    of_x: list[tuple[Tensor, ...]]
-    of_h: list[tuple[Tensor, ...]]
+    of_x: Sequence[tuple[Tensor, ...]]
+    of_h: Sequence[tuple[Tensor, ...]]
     h_prev: Sequence[Tensor | None]
     x: Tensor | None
     dh0: Tensor
