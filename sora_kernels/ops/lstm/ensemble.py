@@ -88,7 +88,7 @@ class Layer:
             steps = (x if batch_sizes is None else batch_sizes).shape[0]
             if steps < (6 if weights[1].shape[0] < 64 * self.cell.gates else 4):
                 return False
-        impl = self._impl(backend, tensors, flags, grad)
+        impl = self.impl(backend, tensors, flags, grad)
         return impl is not None and impl is not CHOSEN["=reference"]
 
     def chains(self, tensors: Tensors, flags: tuple, backend: str) -> bool:
@@ -98,14 +98,14 @@ class Layer:
             self._requested(backend) in ("", "native")
             and len(tensors) - self.rows_at - 3 in (plain, 2 * plain)  # no projection
             and has_memory(*tensors)
-            and self._impl("native", tensors, flags, True) is not None
+            and self.impl("native", tensors, flags, True) is not None
         )
 
     def _requested(self, backend: str) -> str:
         name = operator_of(self.cell)
         return backend or _env.requested_backend(name, OPERATORS[name].backends)
 
-    def _impl(self, backend: str, tensors: Tensors, flags: tuple, grad: bool) -> Any:
+    def impl(self, backend: str, tensors: Tensors, flags: tuple, grad: bool) -> Any:
         (bias, precision, recompute), cell = flags, self.cell
         x, h0, _, weights, *rows = self.parts(tensors)
         tapes = self.with_cells or (grad and not recompute and cell.tape > 0)
@@ -267,8 +267,13 @@ def _together(call: Call, tensors: Tensors) -> Any:
     if _resident(call, x, weights):
         return resident
     own_x, _, _, own, sizes, lengths, reset = layer.parts(alone)
-    walks = native._walks_steps(layer.cell, own_x, own, sizes, lengths, reset, call.flags[0])
-    return None if walks or not x.is_cpu else ensemble_cpu
+    if not x.is_cpu:
+        return None
+    if native._walks_steps(layer.cell, own_x, own, sizes, lengths, reset, call.flags[0]):
+        return None
+    # Without tapes oneDNN may be faster; backends.py has where.
+    torchs = not call.needs and layer.impl(call.backend, alone, call.flags, call.tapes)
+    return None if torchs is CHOSEN["=torch"] else ensemble_cpu
 
 
 def _resident(call: Call, x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -127,7 +127,8 @@ def takes(x: Tensor, H: int) -> bool:
     """Whether there is a kernel for x's device and dtype, and for products as torch's flags want them."""
     if not x.is_cuda or H > MAX_HIDDEN.get(x.dtype, 0):
         return False
-    if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if x.dtype == torch.float32 and not tf32:
         return False
     return _native.cuda_device_status(x.device).ok
 
