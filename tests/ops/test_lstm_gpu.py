@@ -232,7 +232,7 @@ def test_module_and_compiled_training():
 def test_vmap(recurrent, kind, dtype, H, ensemble):
     """Gradients of each member: of layers with weights of their own, and of samples."""
     if kind == "rnn_relu":
-        pytest.skip("gradients behind a kink: test_lstm_resident.py")
+        pytest.skip("gradients behind a kink: test_lstm_resident_members.py")
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.float32  # what the resident kernels are
     call = on_cuda(recurrent(kind, T=12, B=9, H=H, bidirectional=True, dtype=dtype))
     apart = [n for n in call.inputs if n.startswith(("weight", "bias") if ensemble else "x")]
