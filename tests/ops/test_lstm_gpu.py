@@ -278,3 +278,33 @@ def test_module_and_compiled_training():
     truth = torch.autograd.grad(wide(x64)[0].square().sum(), [x64, *wide.parameters()])
     for a, b, t in zip(ours, eager, truth, strict=True):
         assert_within_2x(a, b, t)
+
+
+@pytest.mark.parametrize("ensemble", (True, False), ids=("ensemble", "samples"))
+@pytest.mark.parametrize("H", (32, 130))  # in the registers of a CTA, and step by step
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_vmap(recurrent, kind, dtype, H, ensemble):
+    """Gradients of each member: of layers with weights of their own, and of samples."""
+    if kind == "rnn_relu":
+        pytest.skip("gradients behind a kink: test_lstm_resident_members.py")
+    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.float32  # what the resident kernels are
+    call = on_cuda(recurrent(kind, T=12, B=9, H=H, bidirectional=True, dtype=dtype))
+    apart = [n for n in call.inputs if n.startswith(("weight", "bias") if ensemble else "x")]
+    inputs = {
+        n: torch.stack([t + 0.25 * torch.randn_like(t) for _ in range(3)]) if n in apart else t
+        for n, t in call.inputs.items()
+    }
+    dims = {n: 0 if n in apart else None for n in inputs}
+
+    def gradients(backend, call, inputs):
+        def loss(inputs):
+            return sum(t.double().square().sum() for t in call.call(inputs, backend=backend))
+
+        found = torch.vmap(torch.func.grad(loss), (dims,))(inputs)
+        return list(found.values())
+
+    found, plain = (gradients(backend, call, inputs) for backend in ("native", "reference"))
+    exact = {n: t.double() for n, t in inputs.items()}
+    truth = gradients("reference", call.to(torch.float64), exact)
+    for name, *three in zip(inputs, found, plain, truth, strict=True):
+        assert_within_2x(*three, name=name)

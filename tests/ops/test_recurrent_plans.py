@@ -49,9 +49,10 @@ def test_weights_in_registers(dtype, hidden_size, exact, why):
     ],
 )
 def test_the_walk_follows_the_settled_flag(monkeypatch, dtype, H, tf32, walk):
-    monkeypatch.setattr(precision, "of_products", lambda: "tf32" if tf32 else "ieee")
+    monkeypatch.setattr(resident, "of_products", lambda: "tf32" if tf32 else "ieee")
     weights = [torch.zeros(4 * H, 3, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype)]
-    assert native._walk_on_cuda(LSTM, torch.zeros(1, 1, 3, dtype=dtype), weights) is walk
+    x = SimpleNamespace(dtype=dtype, is_cuda=True)
+    assert native._walk_on_cuda(LSTM, x, weights) is walk
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ A plain ``autograd.Function`` outside the op is the cheapest boundary, but left 
 wrong under functorch. Three rules mend that:
 
 1. While a ``torch.func`` transform is active, or an input is a forward-mode dual tensor, the call runs the
-   reference: vmap, grad, jvp and their compositions are right by construction.
+   reference: vmap, grad, jvp and their compositions are right by construction. An operator may know better
+   for some of them (``Pair.transformed``).
 2. Under ``torch.compile`` nothing of this is looked at: Dynamo traces the Function, or inlines the op. An exported
    or traced graph holds the op itself, which has the same gradients registered.
 3. The backward op has a Function of its own, whose backward is autograd of the reference: gradients of any
@@ -41,6 +42,8 @@ class Pair(NamedTuple):
             whose value was not kept because no derivative depends on it.
         num_outputs: how many of forward's results are the caller's; the rest are tapes. Negative: how many are
             tapes, if the outputs' number differs from call to call.
+        transformed: ``(tensors, flags, backend) -> outputs`` by the kernels where transforms are active, or None
+            where the reference must run.
     """
 
     forward: Callable[[Tensors, tuple, bool, str], Tensors]
@@ -49,6 +52,7 @@ class Pair(NamedTuple):
     reference: Callable[[Tensors, tuple], Tensors]
     recompute: Callable[[Tensors, tuple], tuple[Tensors, Tensors]]
     num_outputs: int
+    transformed: Callable[[Tensors, tuple, str], Tensors | None] | None = None
 
 
 def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
@@ -160,7 +164,8 @@ def differentiable(pair: Pair) -> Callable[[Tensors, tuple, str], Tensors]:
 
     def call(tensors: Tensors, flags: tuple, backend: str) -> Tensors:
         if not is_dynamo_compiling() and transformed(tensors):
-            return pair.reference(tensors, flags)
+            found = pair.transformed and pair.transformed(tensors, flags, backend)
+            return found or pair.reference(tensors, flags)
         # An exported graph holds the op, whose gradients are its own (schema.differentiate).
         if torch.is_grad_enabled() and not is_exporting():
             for t in tensors:

@@ -39,6 +39,15 @@ def goes_straight(*args: Any) -> bool:
     )
 
 
+def has_memory(*args: Any) -> bool:
+    """Whether these arguments are what they seem, so that a kernel may be given their addresses."""
+    return (
+        not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and _PLAIN.issuperset(map(type, args))
+    )
+
+
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``sora_kernels::<name>`` and returns the function that calls it.
 

@@ -1,4 +1,4 @@
-"""Checks and casts of a recurrent call's arguments: the part that depends on shapes, and on no
+"""Checks and casts of a recurrent call's arguments, and torch's settings around it: what depends on no
 backend.
 """
 

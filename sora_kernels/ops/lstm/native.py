@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _native
 from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
-from . import plans, precision, projection, resident, steps
+from . import projection, resident, steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
@@ -179,9 +179,7 @@ def backward(
 
 def _walk_on_cuda(cell: Cell, x: Tensor, weights: Sequence[Tensor]) -> Any:
     """resident.py or steps.py."""
-    exact = precision.of_products() if x.dtype == torch.float32 else ""
-    fits = plans.resident_can_run(x.dtype, weights[1].shape[0] // cell.gates, exact).ok
-    return resident if fits else steps
+    return resident if resident.takes(x, weights[1].shape[0] // cell.gates) else steps
 
 
 def _walks_steps(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.gradient import Pair, Tensors, differentiable
 from ..common.schema import differentiate, register
-from . import native, reference, stock
+from . import members, native, reference, stock
 from .arguments import Sizes, operator_of
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
@@ -239,7 +239,8 @@ class Layer:
             return definition(inputs, flags), inputs
 
         pair = Pair(forward, save, backward, definition, recompute, num_outputs=outputs)
-        return differentiable(pair)
+        kernels = members.under_transforms(members.Layer(cell, pair, with_cells, self._select))
+        return differentiable(pair._replace(transformed=kernels))
 
 
 def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:

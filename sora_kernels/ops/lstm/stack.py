@@ -178,8 +178,9 @@ def lstm(
         BackendError: the named backend cannot run this call; the message says why.
 
     Cell states are kept in fp32 (fp64 for fp64). Under autocast x, hx and weights are cast to its
-    dtype. Gradients of any order exist on "native" and "reference"; inside ``torch.func`` the
-    reference runs. "torch" has torch's own limits.
+    dtype. Gradients of any order exist on "native" and "reference". ``torch.vmap`` (ensembles) and
+    one level of ``torch.func.grad`` (per-sample gradients) run the kernels, every other transform the
+    reference. "torch" has torch's own limits.
 
     Source: Hochreiter and Schmidhuber (1997), the forget gate of Gers et al. (2000), the projection
     of Sak et al. (2014).
@@ -250,8 +251,7 @@ def gru(
 
     Gates are computed in fp32 (fp64 for fp64). Under autocast on CUDA x, hx and weights are cast to
     its dtype; on the CPU torch casts no GRU, and neither does this. Gradients of any order exist on
-    "native" and "reference"; inside ``torch.func`` the reference runs. "torch" has torch's own
-    limits.
+    "native" and "reference"; ``torch.func`` as :func:`lstm`. "torch" has torch's own limits.
 
     Source: Cho et al. (2014), in the form of cuDNN.
     """
