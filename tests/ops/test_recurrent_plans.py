@@ -52,7 +52,7 @@ def test_the_walk_follows_the_settled_flag(monkeypatch, dtype, H, tf32, walk):
     monkeypatch.setattr(resident, "of_products", lambda: "tf32" if tf32 else "ieee")
     weights = [torch.zeros(4 * H, 3, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype)]
     x = SimpleNamespace(dtype=dtype, is_cuda=True)
-    assert native._walk_on_cuda(LSTM, x, weights) is walk
+    assert native._walk_on_cuda(LSTM, x, weights).forward is walk.forward
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import compileall
+import shutil
+
 from sora_kernels import _native
 
 HERE = str(_native.PACKAGE.parent)
 
 
-def test_import_is_quick_touches_no_device_and_loads_no_kernel(python):
+def test_import_is_quick_touches_no_device_and_loads_no_kernel(python, tmp_path):
+    # Compiled to bytecode, as pip leaves it.
+    package = shutil.copytree(_native.PACKAGE, tmp_path / "sora_kernels")
+    assert compileall.compile_dir(package, quiet=1)
     code = """
     import sys, time
     start = time.process_time()
@@ -30,10 +36,10 @@ def test_import_is_quick_touches_no_device_and_loads_no_kernel(python):
     """
     shares = []
     for _ in range(3):
-        result = python(code, PYTHONPATH=HERE)
+        result = python(code, PYTHONPATH=str(tmp_path))
         assert result.ok, result.text
         shares.append(float(result.stdout))
-    assert min(shares) < 0.1, shares  # of the time that torch takes, however fast the machine is
+    assert min(shares) < 0.08, shares  # of the time that torch takes, however fast the machine is
 
 
 def test_works_without_triton_and_extension(python, tmp_path):

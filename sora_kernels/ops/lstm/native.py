@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ... import _native
 from ..common.dtypes import CPU_DTYPES, DTYPE_CODES
-from . import projection, resident, steps
+from ..common.lazy import Lazy
+from . import steps
 from .arguments import Sizes
 from .cells import GRU, LSTM, Cell
 from .int8 import Int8Weights
@@ -25,6 +26,7 @@ from .products import db, dw_hh, input_products
 from .reference import Result, state_dtype
 from .rows import Rows
 
+_projection, _resident = Lazy(".projection", __package__), Lazy(".resident", __package__)
 _linear = torch._C._nn.linear  # F.linear without its detour
 
 __all__ = ["CPU_DTYPES", "DTYPE_CODES", "backward", "forward"]
@@ -45,7 +47,7 @@ def forward(
     if x.is_cuda:
         walk, args = _walk_on_cuda(cell, x, weights), (batch_sizes, lengths, reset, bias, tapes)
         if Sizes.of_layer(cell, weights, bias).proj_size:
-            return projection.forward(walk, x, h0, c0, weights, *args)
+            return _projection.forward(walk, x, h0, c0, weights, *args)
         return walk.forward(cell, x, h0, c0, weights, *args)
     if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
@@ -109,7 +111,7 @@ def backward(
     h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
     by_steps = _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias)
     if x.is_cuda and Sizes.of_layer(cell, weights, bias).proj_size:
-        return projection.backward(
+        return _projection.backward(
             _walk_on_cuda(cell, x, weights), dy, dh_n, dc_n, dcells, x, h0, c0, weights,
             batch_sizes, lengths, reset, y, cells, gates, bias, needs,
         )  # fmt: skip
@@ -179,7 +181,7 @@ def backward(
 
 def _walk_on_cuda(cell: Cell, x: Tensor, weights: Sequence[Tensor]) -> Any:
     """resident.py or steps.py."""
-    return resident if resident.takes(x, weights[1].shape[0] // cell.gates) else steps
+    return _resident if _resident.takes(x, weights[1].shape[0] // cell.gates) else steps
 
 
 def _walks_steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from ..common.gradient import Pair, Tensors, differentiable
+from ..common.lazy import Lazy
 from ..common.schema import differentiate, register
-from . import members, native, reference, stock
+from . import native, reference, stock
 from .arguments import Sizes, operator_of
 from .backends import CHOSEN, OPERATORS, Facts
 from .cells import CELLS, Cell
 from .int8 import Int8Weights
 from .precision import resolved, settled
+
+_members = Lazy(".members", __package__)
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -239,8 +242,14 @@ class Layer:
             return definition(inputs, flags), inputs
 
         pair = Pair(forward, save, backward, definition, recompute, num_outputs=outputs)
-        kernels = members.under_transforms(members.Layer(cell, pair, with_cells, self._select))
-        return differentiable(pair._replace(transformed=kernels))
+
+        @cache
+        def under_transforms() -> Callable[[Tensors, tuple, str], Tensors | None]:
+            layer = _members.Layer(cell, pair, with_cells, self._select)
+            return _members.under_transforms(layer)
+
+        transformed = lambda *args: under_transforms()(*args)  # noqa: E731
+        return differentiable(pair._replace(transformed=transformed))
 
 
 def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
