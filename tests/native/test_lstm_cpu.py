@@ -468,9 +468,9 @@ def call_directly(p: Problem, fill: float) -> dict[str, Tensor]:
     rows = native.Rows.of(p.x, p.h0, p.batch_sizes, p.lengths)
     sizes = native.Sizes.of_layer(p.cell, p.weights, p.bias)
     (D, H, P), O, G = sizes, sizes.output_size, p.cell.gates  # noqa: E741
-    shape, _keep = native._shape(p.cell, rows, sizes, p.reset)
+    shape, _keep = native.shape_of(p.cell, rows, sizes, p.reset)
     inputs = products.input_products(rows.packed(p.x), p.weights, D, G * H, G * H)
-    addresses = native._addresses(p.weights, sizes, p.bias)
+    addresses = native.addresses_of(p.weights, sizes, p.bias)
 
     def full(*shape: int) -> Tensor:
         return torch.full(shape, fill)

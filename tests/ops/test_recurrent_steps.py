@@ -40,7 +40,7 @@ def walked(monkeypatch):
         monkeypatch.setattr(steps, name, recording(passes, getattr(steps, name)))
     monkeypatch.setattr(steps, "MOST", 1 << 30)
     monkeypatch.setattr(steps, "faster", lambda T, B, H: True)
-    monkeypatch.setattr(native, "_walks_steps", lambda *call: True)
+    monkeypatch.setattr(native, "walks_steps", lambda *call: True)
     return passes
 
 
@@ -173,7 +173,7 @@ def test_recompute_makes_the_tapes_again(kind):
     truth = reference.layer(cell, x, h0, c0, weights, None, lengths, reset, True)
     walk = steps.Walk.of(cell, x, h0, H, None, lengths, reset)
     h_prev = [walk.previous_states(d, found.y, h0) for d in range(D)]
-    cells, gates = steps._tapes_again(walk, x, c0, weights, True, h_prev)
+    cells, gates = steps.tapes_again(walk, x, c0, weights, True, h_prev)
     live = (torch.arange(T)[:, None] < lengths)[..., None]
     for kept in (found.gates, gates):
         wanted = truth.gates * live

@@ -270,7 +270,7 @@ def _together(call: Call, tensors: Tensors) -> Any:
     own_x, _, _, own, sizes, lengths, reset = layer.parts(alone)
     if not x.is_cpu:
         return None
-    if native._walks_steps(layer.cell, own_x, own, sizes, lengths, reset, call.flags[0]):
+    if native.walks_steps(layer.cell, own_x, own, sizes, lengths, reset, call.flags[0]):
         return None
     # Without tapes oneDNN may be faster; backends.py has where.
     torchs = not call.needs and layer.impl(call.backend, alone, call.flags, call.tapes)
@@ -303,7 +303,7 @@ def _chain(call: Call, tensors: Tensors) -> Callable[..., Chain] | None:
         return None
     if _resident(call, x, weights):
         return resident.chain
-    if native._walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+    if native.walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return _chain_of_steps
     return _chain_of_one
 
@@ -341,10 +341,10 @@ def _chain_of_steps(
     walk = steps.Walk.of(cell, x, h0, H, batch_sizes, lengths, reset)
     h_prev = [walk.previous_states(d, y, h0) for d in range(len(weights) // per)]
     if cell.tape and gates is None:
-        cells, gates = steps._tapes_again(walk, x, c0, weights, bias, h_prev)
+        cells, gates = steps.tapes_again(walk, x, c0, weights, bias, h_prev)
     if cells is not None:
         cells, dcells = cells.contiguous(), pointable(cells, dcells)
-    dgates, dh0, dc0 = steps._backward_steps(
+    dgates, dh0, dc0 = steps.walk_back(
         walk, dy, dh_n, dc_n, dcells, c0, weights[1::per], y, h_prev, cells, gates, needs[1]
     )
     if walk.lengths is not None:

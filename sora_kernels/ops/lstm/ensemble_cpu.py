@@ -32,7 +32,7 @@ def forward(
     h0, c0, weights = pointable(x, h0), pointable(x, c0), all_pointable(x, weights)
     rows, sizes = _sizes(cell, x, h0, weights, batch_sizes, lengths, bias)
     (D, H, _), G, M = sizes, cell.gates, len(x)
-    one_step = native._one_step(rows, H, reset)  # h is known: nothing is worth packing for
+    one_step = native.is_one_step(rows, H, reset)  # h is known: nothing is worth packing for
     width = (cell.tape if one_step or (tapes and rows.places is None) else 0) or G
     inputs, packed_x = x.new_empty(M, D, rows.N, width * H), _packed(rows, x)
     for d in range(D):
@@ -50,7 +50,7 @@ def forward(
         if tapes:
             cells = make(M, *rows.shape, D * H, dtype=state_dtype(x.dtype))
     y, h_n = make(M, *rows.shape, D * H), x.new_empty(M, D, rows.B, H)
-    shape, keep = native._shape(cell, rows, sizes, reset)
+    shape, keep = native.shape_of(cell, rows, sizes, reset)
     run, threads = _native.module().lstm_forward_cpu, _native.num_threads()
     arrays = _addresses(
         weights, sizes, bias, one_step, M, h0, c0, gates, y, cells, h_n, c_n
@@ -85,9 +85,9 @@ def chain(
     dgates = x.new_empty(M, D, rows.N, (4 if cell is GRU else cell.gates) * H)
     h_prev, dh0 = x.new_empty(M, D, rows.N, H), x.new_empty(M, D, rows.B, H)
     dc0 = x.new_empty(M, D, rows.B, H) if cell.has_c else None
-    shape, keep = native._shape(cell, rows, sizes, reset)
+    shape, keep = native.shape_of(cell, rows, sizes, reset)
     module, threads = _native.module(), _native.num_threads()
-    one_step = native._one_step(rows, H, reset)
+    one_step = native.is_one_step(rows, H, reset)
     arrays = _addresses(
         weights, sizes, bias, one_step, M, gates, cells, y, h0, c0, dy, dcells, dh_n, dc_n, dgates,
         None, dh0, dc0,
@@ -153,7 +153,7 @@ def _addresses(
     *arrays: Tensor | None,
 ) -> list[tuple[tuple[int, ...], list[int]]]:  # fmt: skip
     """Of each member: the weights' addresses as ``native.py`` hands them on, and the arrays'."""
-    first, size = native._addresses(weights, sizes, bias), weights[0].element_size()
+    first, size = native.addresses_of(weights, sizes, bias), weights[0].element_size()
     if one_step:
         first = (0, 0, *first[2:])
     square, column = weights[1][0].numel() * size, len(weights[1][0]) * size

@@ -49,13 +49,13 @@ def forward(
         if Sizes.of_layer(cell, weights, bias).proj_size:
             return _projection.forward(walk, x, h0, c0, weights, *args)
         return walk.forward(cell, x, h0, c0, weights, *args)
-    if not int8 and _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
+    if not int8 and walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias):
         return steps.forward(cell, x, h0, c0, weights, batch_sizes, lengths, reset, bias, tapes)
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, _), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights = all_pointable(x, weights)
-    addresses = _addresses(weights, sizes, bias, int8)
-    if not int8 and _one_step(rows, H, reset):  # h is known: nothing is worth packing for
+    addresses = addresses_of(weights, sizes, bias, int8)
+    if not int8 and is_one_step(rows, H, reset):  # h is known: nothing is worth packing for
         h_prev = [None if h0 is None else h0[d] for d in range(D)]
         inputs, width = _all_products(cell, rows.packed(x), weights, D, h_prev), cell.tape or G
         addresses = (0, 0, *addresses[2:])
@@ -70,7 +70,7 @@ def forward(
         c_n = x.new_empty(D, rows.B, H)
         cells = rows.empty(x, D * H, state_dtype(x.dtype)) if tapes else None
     h_n = x.new_empty(D, rows.B, O)
-    shape, keep = _shape(cell, rows, sizes, reset)
+    shape, keep = shape_of(cell, rows, sizes, reset)
     _native.module().lstm_forward_cpu(
         DTYPE_CODES[x.dtype], shape, inputs.data_ptr(), width * H, addresses, pointer(h0),
         pointer(c0), pointer(gates), y.data_ptr(), pointer(cells), h_n.data_ptr(), pointer(c_n),
@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """As ``reference.layer_backward``, for what ``needs`` says of x, the states and each weight."""
     h0, c0, dy, dh_n, dc_n = (pointable(x, t) for t in (h0, c0, dy, dh_n, dc_n))
-    by_steps = _walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias)
+    by_steps = walks_steps(cell, x, weights, batch_sizes, lengths, reset, bias)
     if x.is_cuda and Sizes.of_layer(cell, weights, bias).proj_size:
         return _projection.backward(
             _walk_on_cuda(cell, x, weights), dy, dh_n, dc_n, dcells, x, h0, c0, weights,
@@ -124,7 +124,7 @@ def backward(
     rows, sizes = Rows.of(x, h0, batch_sizes, lengths), Sizes.of_layer(cell, weights, bias)
     (D, H, P), O, G = sizes, sizes.output_size, cell.gates  # noqa: E741
     weights, packed_x, y = all_pointable(x, weights), rows.packed(x), y.contiguous()
-    shape, keep = _shape(cell, rows, sizes, reset)
+    shape, keep = shape_of(cell, rows, sizes, reset)
     per = len(weights) // D
     first = 2 + cell.has_c  # of the weights in needs
     h_prev: list[Tensor | None] = [None] * D
@@ -141,8 +141,8 @@ def backward(
     dh0, dc0 = x.new_empty(D, rows.B, O), x.new_empty(D, rows.B, H) if cell.has_c else None
     if cells is not None:
         dcells = pointable(cells, dcells)
-    addresses = _addresses(weights, sizes, bias)
-    one_step = _one_step(rows, H, reset) and not P
+    addresses = addresses_of(weights, sizes, bias)
+    one_step = is_one_step(rows, H, reset) and not P
     if one_step:
         addresses = (0, 0, *addresses[2:])
     _native.module().lstm_backward_cpu(
@@ -184,7 +184,7 @@ def _walk_on_cuda(cell: Cell, x: Tensor, weights: Sequence[Tensor]) -> Any:
     return _resident if _resident.takes(x, weights[1].shape[0] // cell.gates) else steps
 
 
-def _walks_steps(
+def walks_steps(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None,
     lengths: Tensor | None, reset: Tensor | None, bias: bool,
 ) -> bool:  # fmt: skip
@@ -200,12 +200,12 @@ def _walks_steps(
     return H == P and steps.faster(T, B, H)
 
 
-def _one_step(rows: Rows, H: int, reset: Tensor | None) -> bool:
+def is_one_step(rows: Rows, H: int, reset: Tensor | None) -> bool:
     """Whether W_hh h is better made by GEMM: of one step, unless packing a small w_hh costs less."""
     return rows.T == 1 and H >= 64 and rows.places is None and reset is None
 
 
-def _shape(
+def shape_of(
     cell: Cell, rows: Rows, sizes: Sizes, reset: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
     """LstmShape, and what must live as long as it is used."""
@@ -219,7 +219,7 @@ def _shape(
     return shape, (rows.batch_sizes, rows.order, reset)
 
 
-def _addresses(
+def addresses_of(
     weights: Sequence[Tensor], sizes: Sizes, bias: bool, int8: Sequence[Int8Weights] = ()
 ) -> tuple[int, ...]:
     """w_hh, b_ih, b_hh, w_hr, int8, its scale: both directions of each, 0 for what is not there."""
@@ -288,7 +288,7 @@ def _tapes_again(
     cells = None
     if cell.has_c:
         cells = rows.empty(packed_x, D * H, state_dtype(packed_x.dtype))
-    addresses = (0, 0, *_addresses(weights, sizes, bias)[2:6], *(0,) * 6)
+    addresses = (0, 0, *addresses_of(weights, sizes, bias)[2:6], *(0,) * 6)
     _native.module().lstm_forward_cpu(
         DTYPE_CODES[packed_x.dtype], shape, products.data_ptr(), tape * H, addresses, pointer(h0),
         pointer(c0), gates.data_ptr(), 0, pointer(cells), 0, 0, _native.num_threads(),

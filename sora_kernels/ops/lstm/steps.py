@@ -204,10 +204,10 @@ def backward(
         for d in range(D)
     ]
     if again:
-        cells, gates = _tapes_again(walk, x, c0, weights, bias, h_prev)
+        cells, gates = tapes_again(walk, x, c0, weights, bias, h_prev)
     if cells is not None:
         dcells = pointable(cells, dcells)
-    dgates, dh0, dc0 = _backward_steps(
+    dgates, dh0, dc0 = walk_back(
         walk, dy, dh_n, dc_n, dcells, c0, weights[1::per], y, h_prev, cells, gates, needs[1]
     )
     dx: Tensor | None = None
@@ -249,7 +249,7 @@ def _rolled(walk: Walk, t: Tensor, gates: int) -> Tensor:
     return t.roll(gates * walk.H, 0) if walk.cell is GRU else t
 
 
-def _tapes_again(
+def tapes_again(
     walk: Walk, x: Tensor, c0: Tensor | None, weights: Sequence[Tensor], bias: bool,
     h_prev: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
@@ -285,7 +285,7 @@ def _tapes_again(
     return cells, gates.view(D, *rows, cell.tape * H)
 
 
-def _backward_steps(
+def walk_back(
     walk: Walk, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
     c0: Tensor | None, w_hh: Sequence[Tensor], y: Tensor, h_prev: Sequence[Tensor | None],
     cells: Tensor | None, gates: Tensor | None, needs_dh0: bool,
