@@ -30,7 +30,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_rows_run_and_are_right():
-    done = run("benchmarks", "--benchmark-disable", "--device", "cpu", "--sample", "5")
+    done = run("benchmarks", "--benchmark-disable", "--device", "cpu", "--sample", "3")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -43,18 +43,17 @@ def test_named_backends_are_providers():
         pytest.skip("Triton 3.6's interpreter fails under numpy 2.5 (tests/conftest.py mends it)")
     done = run(
         "benchmarks/test_bench_conv3d_bn_act.py", "--benchmark-disable", "--device", "cpu",
-        "--providers", "sora:hybrid", "-k", "crnn.conv1 or x3d_m.res2.depthwise",
+        "--providers", "sora:hybrid", "-k", "crnn.conv1",
         TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "16 passed" in done.stdout
+    assert "8 passed" in done.stdout
 
 
 def test_a_timed_row(tmp_path):
     out = tmp_path / "run.json"
-    row = "benchmarks/test_bench_conv3d_bn_act.py"
-    select = ("-k", "x3d_m.res2.expand and inference and contiguous", "--device", "cpu")
-    done = run(row, *select, "--rounds", "6", f"--benchmark-json={out}")
+    select = ("-k", "test_rnn and crnn.rnn and inference", "--device", "cpu")
+    done = run("benchmarks/test_bench_lstm.py", *select, "--rounds", "6", f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout[-4000:]
     found = json.loads(out.read_text())
     assert {"slug", "cpu", "isa", "gpu", "threads", "versions"} <= set(found["machine_info"])
@@ -75,7 +74,7 @@ def test_a_timed_row(tmp_path):
     storage.mkdir(parents=True)
     (storage / "0001_other.json").write_text(json.dumps(found))
     compared = run(
-        "benchmarks/test_bench_conv3d_bn_act.py", *select, "--rounds", "2", "--benchmark-compare",
+        "benchmarks/test_bench_lstm.py", *select, "--rounds", "2", "--benchmark-compare",
         f"--benchmark-storage=file://{storage.parent}",
     )  # fmt: skip
     assert compared.returncode != 0

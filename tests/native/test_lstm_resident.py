@@ -18,6 +18,7 @@ from test_lstm_cpu import Problem, assert_same_bits, named, output_gradients, pr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sora_kernels.ops.common.dtypes import DTYPE_CODES
 from sora_kernels.ops.lstm import plans, reference, resident
 from sora_kernels.ops.lstm.cells import CELLS, GRU, LSTM, RNN_RELU, Cell
 from sora_kernels.testing import assert_within_2x, poisoned
@@ -322,6 +323,33 @@ def test_members(monkeypatch, cell):
     for name, together in out.items():
         for e in range(E):
             assert torch.equal(together[e], getattr(alone[e], name)), name
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "H", "units"),
+    [
+        (LSTM, torch.bfloat16, 128, 128),
+        (GRU, torch.bfloat16, 32, 32),
+        (RNN_RELU, torch.bfloat16, 127, 128),
+        (LSTM, torch.float32, 64, 64),
+        (LSTM, torch.float32, 3, 64),
+    ],
+)
+def test_plan(monkeypatch, cell, dtype, H, units):
+    """What ``explain`` shows, all but registers, which the host has none of; no array is looked at."""
+    install(monkeypatch)
+    device = resident._native.module().device
+    T, B, D, members = 5, 17, 2, 3
+    numbers = torch.tensor([cell.code, T, B, H, D, members, T * B, 0, 0, 1])
+    gates = {LSTM: 4, GRU: 3, RNN_RELU: 1}[cell]
+    for backward in (0, 1):
+        found = torch.zeros(5, dtype=torch.int64)
+        device.run("run_lstm_resident_plan", DTYPE_CODES[dtype], numbers, backward, found)
+        shared = 2 * 8 * units * dtype.itemsize * (gates if backward else 1)
+        assert found.tolist() == [units, 3 * D * members, 2 * units, 0, shared]
+    numbers[3] = 129
+    with pytest.raises(LaunchError, match="error -3"):
+        device.run("run_lstm_resident_plan", DTYPE_CODES[dtype], numbers, 0, found)
 
 
 def test_arguments(monkeypatch):

@@ -15,7 +15,7 @@ int run_lstm_resident_backward(int dtype, const int64_t* numbers, void* stream) 
   return sora::lstm_resident_backward_cuda(sora::DType(dtype), sora::lstm_resident_backward_of(numbers), 0, stream);
 }
 // plan: units, CTAs, threads, registers, bytes of shared memory.
-int run_lstm_resident_plan(int dtype, const int64_t* numbers, int backward, int64_t* plan) {
+int run_lstm_resident_plan(int dtype, const int64_t* numbers, int backward, int64_t* plan, void* /*stream*/) {
   sora::LstmResidentPlan found;
   const int error =
       sora::lstm_resident_plan(sora::DType(dtype), sora::lstm_resident_shape_of(numbers), backward != 0, 0, found);
