@@ -44,7 +44,8 @@ class Gpu(NamedTuple):
 def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     arch = _tuning.arch_of((properties.major, properties.minor))
-    return Gpu(arch, properties.multi_processor_count, properties.clock_rate / 1e6)
+    clock = getattr(properties, "clock_rate", 0) / 1e6  # not every build of torch tells
+    return Gpu(arch, properties.multi_processor_count, clock or 1.755)
 
 
 def resident_can_run(dtype: torch.dtype, hidden_size: int, precision: str) -> Verdict:
