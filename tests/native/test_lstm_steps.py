@@ -69,8 +69,6 @@ class Walk:
         if self.offsets_at:
             offsets = memory(self.offsets_at, 8 * (self.T + 1))
             self.offsets = offsets.view(torch.int64).tolist()
-        if self.cell is not LSTM:  # whose alone they are: any number may stand there
-            named = named | dict.fromkeys({"c", "c0", "cells", "dc", "dcells"} & set(named), 0)
         arrays = {k: self.array(k, named) for k in named if not k.endswith("_stride")}
         arrays |= {"lengths": Array(1, 8 * self.B, 0), "reset": Array(1, self.offsets[-1], 0)}
         addresses = {**named, "lengths": lengths, "reset": reset}

@@ -10,8 +10,6 @@ from torch import nn
 import sora_kernels as sk
 from sora_kernels.testing import assert_close
 
-BACKENDS = (pytest.param("hybrid", marks=pytest.mark.triton), None)
-
 
 def pair(*args, act=None, backend=None, **kwargs):
     """Ours and torch's modules with one state."""
@@ -47,8 +45,16 @@ VARIANTS = {
 ACTS = {"silu": nn.SiLU(), "identity": nn.Identity()}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", VARIANTS)
+INTERPRETED = ("default", "no running statistics", "strided, dilated, grouped", "silu")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, None) for name in VARIANTS),
+        *(pytest.param(name, "hybrid", marks=pytest.mark.triton) for name in INTERPRETED),
+    ],
+)
 def test_three_steps_then_evaluation(name, backend):
     """Parameters, buffers and outputs stay with torch's modules through training and evaluation."""
     options = {"padding": 1} | VARIANTS[name]

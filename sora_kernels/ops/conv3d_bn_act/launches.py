@@ -17,7 +17,7 @@ from .conv_launches import DTYPES
 
 OP = passes.OP
 GATED_LAYER = "r3d_18.layer1"
-PLAIN = ("backward",)  # of fp32 and of the contiguous layout
+PLAIN = ("backward",)  # of the contiguous layout
 # A volume that is no multiple of 16 is a specialisation of its own: scalar accesses, where registers run out first.
 GATED_ODD = "r3d_18.layer4", "contiguous, bf16, backward, residual"
 
@@ -58,9 +58,9 @@ def _passes(layer: str, shape: dict[str, Any], device: str, gated: bool) -> Iter
         ("contiguous", torch.contiguous_format),
     ):
         for name, dtype in DTYPES.items():
-            plain = gated and (name == "fp32" or layout == "contiguous")
-            if plain and name == "fp32" and layout == "contiguous":
+            if gated and name == "fp32":
                 continue
+            plain = gated and layout == "contiguous"
             y, residual, dz = (
                 _dense(size, dtype, memory_format, device, shift) for shift in (0.5, -0.2, 0.0)
             )

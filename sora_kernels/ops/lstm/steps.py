@@ -167,7 +167,7 @@ def forward(
         h, w = h_n[d], w_hh.t()
         step = _native.module().LstmForwardSteps(
             code, walk.address(d), given, width * H, b_ih, b_hh, h.data_ptr(), h.data_ptr(),
-            pointer(c) + d * B * H * state_size, y.data_ptr() + d * H * size, D * H,
+            _at(c, d), y.data_ptr() + d * H * size, D * H,
             0 if cells is None else cells.data_ptr() + d * H * state_size, D * H,
             given if tapes and cell.tape else 0, device, queue,
         )  # fmt: skip
@@ -244,6 +244,11 @@ def _begin(states: Tensor, given: Tensor | None) -> None:
         states.copy_(given)
 
 
+def _at(states: Tensor | None, d: int) -> int:
+    """Address of direction d's of [D, B, H]."""
+    return 0 if states is None else states[d].data_ptr()
+
+
 def _rolled(walk: Walk, t: Tensor, gates: int) -> Tensor:
     """A GRU's gates r, z, n along the first axis in the order of dgates, n, r, z, or back (-1)."""
     return t.roll(gates * walk.H, 0) if walk.cell is GRU else t
@@ -276,7 +281,7 @@ def tapes_again(
         step = _native.module().LstmForwardSteps(
             DTYPE_CODES[x.dtype], at_once if c is None else walk.address(d), gates[d].data_ptr(),
             cell.tape * H, *((b.data_ptr() for b in biases) if bias else (0, 0)),
-            states.data_ptr(), 0, pointer(c) + d * B * H * state.itemsize, 0, 0,
+            states.data_ptr(), 0, _at(c, d), 0, 0,
             0 if cells is None else cells.data_ptr() + d * H * state.itemsize, D * H,
             gates[d].data_ptr(), device, queue,
         )  # fmt: skip
