@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "benchmarks" / "shapes.yaml"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 OLDEST = 80  # whose PTX all machine code of the extension is made from (csrc/toolchain.py)
-# CUDA sources that the gate does not compile: the same kernels as those of bf16 beside them.
-NOT_GATED = ("_fp16", "_tf32")
+# CUDA sources that the gate does not compile: the same kernels as those of bf16 beside them, and elementwise ones.
+NOT_GATED = ("_fp16", "_tf32", "lstm_step", "dropout")
 
 
 class AuditError(RuntimeError):

@@ -16,7 +16,7 @@ import pytest
 
 _TESTS = Path(__file__).parent
 _BENCHMARKS = _TESTS.parent / "benchmarks"
-# Folders whose tests share costly set-ups; begun last, one would run alone.
+# Folders whose tests share costly set-ups.
 _TOGETHER = ("packaging", "audit", "benchmarks")
 
 
@@ -144,8 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     parts = _parts()
     if config.getoption("markexpr") != "gpu":
         parts["gpu"] = "run with -m gpu"
-    order = {folder: place for place, folder in enumerate(_TOGETHER)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(_TESTS).parts[0], len(order)))
+    items.sort(key=_place)
     required = {p for p in ("gpu", "native") if config.getoption(f"--require-{p}")}
     for item in items:
         for part, why in parts.items():
@@ -154,6 +153,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(pytest.mark.usefixtures("fail_missing_part"))
                 else:
                     item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _place(item: pytest.Item) -> int:
+    """What takes longest comes first: begun last, it would run while the other worker waits."""
+    folder, *_ = item.path.relative_to(_TESTS).parts
+    if folder in _TOGETHER:
+        return _TOGETHER.index(folder)
+    return len(_TOGETHER) + ("_kernels" not in item.path.stem)
 
 
 @pytest.fixture
