@@ -24,7 +24,7 @@ class CannotBuild(Exception):
     """The message says why."""
 
 
-def library(capability: tuple[int, int]) -> Path:
+def shared_object(capability: tuple[int, int]) -> Path:
     """The library for a GPU of this compute capability.
 
     Raises:

@@ -29,7 +29,7 @@ class Gpu:
     """The library of build.py on the current CUDA device."""
 
     def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+        self.functions = ctypes.CDLL(str(library))
 
     def tensor(self, value: torch.Tensor, name: str) -> torch.Tensor:
         del name
@@ -40,7 +40,7 @@ class Gpu:
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments
         ]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = getattr(self.library, function)(*values, stream)
+        error = getattr(self.functions, function)(*values, stream)
         if error:
             raise Refused(f"CUDA error {error} at the launch")
         torch.cuda.synchronize()

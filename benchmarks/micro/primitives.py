@@ -35,7 +35,7 @@ def why_not() -> str:
     if torch.cuda.get_device_capability() < (8, 0):
         return f"the GPU is older than sm_80: {torch.cuda.get_device_name()}"
     try:
-        build.library(torch.cuda.get_device_capability())
+        build.shared_object(torch.cuda.get_device_capability())
     except build.CannotBuild as why:
         return str(why)
     return ""
@@ -89,7 +89,7 @@ def print_rows(first: int) -> None:
     """What :func:`rows_of_processes` reads, from the case of this number on."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
-    device = measure.Gpu(build.library(capability))
+    device = measure.Gpu(build.shared_object(capability))
     every = cases.all_cases(properties.multi_processor_count)
     warm_up()
     for number, case in enumerate(every[first:], first):
@@ -114,7 +114,7 @@ def active_clusters(device: measure.Gpu, plan: str, size: int) -> Row:
     """How many clusters of this size run at once, each CTA on an SM of its own."""
     clusters = ctypes.c_int()
     bytes_ = cases.PLAN_SHARED_BYTES[plan]
-    error = device.library.micro_active_clusters(size, bytes_, ctypes.byref(clusters))
+    error = device.functions.micro_active_clusters(size, bytes_, ctypes.byref(clusters))
     row: Row = {
         "name": "clusters at once",
         "parameters": {"weights": plan, "shared_bytes": bytes_, "cluster": size},

@@ -66,9 +66,9 @@ def test_a_library_is_built_once(monkeypatch, tmp_path):
         pytest.skip(str(why))
     monkeypatch.setattr(build, "compile_for", compiled)
     monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
-    found = build.library((9, 0))
-    assert build.library((9, 0)) == found and found.read_text() == "a library"
-    assert build.library((8, 6)) != found
+    found = build.shared_object((9, 0))
+    assert build.shared_object((9, 0)) == found and found.read_text() == "a library"
+    assert build.shared_object((8, 6)) != found
     assert calls == [(arch, ("-shared", "-Xcompiler=-fPIC")) for arch in ("90a", "86")]
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".so", ".so"]
 
