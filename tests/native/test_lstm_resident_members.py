@@ -103,7 +103,7 @@ def test_vmap_is_one_launch(monkeypatch, cell, ensemble):
     install(monkeypatch, seed=1)
     binding = Counting(resident._native.module())
     monkeypatch.setattr(resident, "_native", SimpleNamespace(module=lambda: binding))
-    monkeypatch.setattr(resident, "takes", lambda x, H: True)
+    monkeypatch.setattr(resident, "takes", lambda x, H, members=0: True)
     E = 3
     problems = members_like(problem(cell, 7, 2, 12, D=2, dtype=torch.bfloat16), E)
     first, function = problems[0], {LSTM: lstm, GRU: gru, RNN_TANH: rnn}[cell]

@@ -51,8 +51,10 @@ def test_weights_in_registers(dtype, hidden_size, exact, why):
 def test_the_walk_follows_the_settled_flag(monkeypatch, dtype, H, tf32, walk):
     monkeypatch.setattr(resident, "of_products", lambda: "tf32" if tf32 else "ieee")
     weights = [torch.zeros(4 * H, 3, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype)]
-    x = SimpleNamespace(dtype=dtype, is_cuda=True)
+    x = SimpleNamespace(dtype=dtype, is_cuda=True, shape=torch.Size([2, 1 << 29, 3]))
     assert native._walk_on_cuda(LSTM, x, weights).forward is walk.forward
+    more = SimpleNamespace(dtype=dtype, is_cuda=True, shape=torch.Size([2, (1 << 29) + 1, 3]))
+    assert native._walk_on_cuda(LSTM, more, weights).forward is steps.forward
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ from .products import Chain, gates_of, input_products
 from .reference import Result, packed_sizes, state_dtype
 
 
+# kMostRows and kMostMembers of csrc/lstm/lstm_resident.cu.
+MOST_ROWS, MOST_MEMBERS = 1 << 30, 65535
+
+
 class Steps(NamedTuple):
     """Which (row, step) pairs run and where they lie, for the kernel and for torch.
 
@@ -123,10 +127,15 @@ class Steps(NamedTuple):
         return states.masked_fill(clear[:, None], 0)
 
 
-def takes(x: Tensor, H: int) -> bool:
+def takes(x: Tensor, H: int, members: int = 0) -> bool:
     """Whether there is a kernel for x, with products as torch's flags want them inside ``settled``."""
     exact = of_products() if x.dtype == torch.float32 else ""
-    return x.is_cuda and resident_can_run(x.dtype, H, exact).ok
+    return (
+        x.is_cuda
+        and resident_can_run(x.dtype, H, exact).ok
+        and x.shape[1 if members else 0 : -1].numel() <= MOST_ROWS
+        and members <= MOST_MEMBERS
+    )
 
 
 def forward(
