@@ -20,7 +20,6 @@ from .precision import of_products
 from .products import Chain, gates_of, input_products
 from .reference import Result, packed_sizes, state_dtype
 
-
 # kMostRows and kMostMembers of csrc/lstm/lstm_resident.cu.
 MOST_ROWS, MOST_MEMBERS = 1 << 30, 65535
 
